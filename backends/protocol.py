@@ -1,0 +1,347 @@
+"""What a backend must offer: `ops`, `comm` and `trainer`, each a module of plain functions.
+
+Tensors of a framework are called `Array` here. The core also uses what every framework's tensor has:
+`+ - * /` and `@` (with NumPy broadcasting; `// %` on integers, `~ & |` on booleans), comparisons with
+tensors and numbers, `.shape`, `.reshape(shape)`, `.sum(axis)` and `.mean(axis)` with one positional
+axis. No indexing. Everything else goes through these functions. Index tensors are int64 (int32 where a
+framework insists); integer and boolean tensors carry no gradient.
+
+Shape suffixes: T tokens on a rank, D width, K experts per token, E experts, R ranks, C slots,
+G groups of a grouped matmul, F expert width, N rows after dispatch, S sequences, L their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+Array = Any
+"""A tensor of the backend's framework (or a tape variable of the NumPy reference)."""
+
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class Ops(Protocol):
+    """Arrays and fused kernels. Differentiable unless the docstring says otherwise."""
+
+    # --- between host and device -------------------------------------------------------------
+    def asarray(self, value: np.ndarray) -> Array:
+        """Copy a host array to the device. Integers become int64, floats keep their dtype."""
+        ...
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Copy to the host, without gradient (bfloat16 arrives as float32). Synchronises."""
+        ...
+
+    def cast(self, x: Array, dtype: DType) -> Array:
+        """Convert a floating tensor; the gradient is converted back."""
+        ...
+
+    def dtype_of(self, x: Array) -> DType:
+        """Name of a floating tensor's dtype."""
+        ...
+
+    def stop_gradient(self, x: Array) -> Array:
+        """The same values, cut from the graph."""
+        ...
+
+    def checkpoint(self, fn: Callable[..., Any], *args: Array) -> Any:
+        """fn(*args), whose intermediates are dropped and computed again in backward."""
+        ...
+
+    # --- shape -------------------------------------------------------------------------------
+    def concat(self, parts: Sequence[Array], axis: int = 0) -> Array:
+        """Join along an axis; parts of length zero are allowed."""
+        ...
+
+    def split(self, x: Array, sizes: Sequence[int], axis: int = 0) -> list[Array]:
+        """Cut along an axis into pieces of the given host sizes; zeros are allowed."""
+        ...
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        """Permute all axes; the result is contiguous."""
+        ...
+
+    # --- element by element and along the last axis ------------------------------------------
+    def exp(self, x: Array) -> Array: ...
+    def log(self, x: Array) -> Array: ...
+    def sqrt(self, x: Array) -> Array: ...
+    def sigmoid(self, x: Array) -> Array: ...
+    def relu(self, x: Array) -> Array: ...
+
+    def where(self, condition: Array, a: Array, b: Array) -> Array:
+        """Elements of a where the boolean condition holds, else of b (broadcast; b a number or an Array)."""
+        ...
+
+    def softmax(self, x: Array) -> Array:
+        """Along the last axis, stable."""
+        ...
+
+    def logsumexp(self, x: Array) -> Array:
+        """Along the last axis, which disappears; stable."""
+        ...
+
+    # --- selecting ---------------------------------------------------------------------------
+    def topk(self, scores_TE: Array, k: int) -> Array:
+        """Ids (T, k) int64 of the k largest, best first; ties go to the lower id. No gradient.
+
+        NaN counts as minus infinity, and ids of a row are always distinct and in range.
+        """
+        ...
+
+    def argsort(self, keys_N: Array) -> Array:
+        """Stable ascending order of non-negative integers (N,). No gradient."""
+        ...
+
+    def invert(self, order_N: Array) -> Array:
+        """Inverse of a permutation: invert(order)[order[n]] = n. No gradient."""
+        ...
+
+    def count(self, ids: Array, num: int) -> Array:
+        """How often each of 0..num-1 occurs, int64 (num,); ids outside that range do not count. No gradient."""
+        ...
+
+    def take_along(self, x_TE: Array, ids_TK: Array) -> Array:
+        """x[t, ids[t, k]], shape (T, K). The gradient adds where an id repeats."""
+        ...
+
+    def take_rows(self, x: Array, index_N: Array) -> Array:
+        """Rows x[index] (N, ...); index -1 gives a zero row. The gradient is `sum_rows`."""
+        ...
+
+    def sum_rows(self, rows_ND: Array, index_N: Array, num_rows: int) -> Array:
+        """Add row n into row index[n] of a zero (num_rows, D); -1 is ignored. Deterministic.
+
+        Sums in at least float32 and in ascending order of n.
+        """
+        ...
+
+    def combine_rows(self, rows_ND: Array, index_TK: Array, weights_TK: Array) -> Array:
+        """y[t] = sum over k, in order, of weights[t, k] * rows[index[t, k]]; index -1 contributes exact zeros.
+
+        Sums in at least float32, result in the dtype of rows. Each row is referenced at most once, so the
+        gradient to rows is a gather.
+        """
+        ...
+
+    # --- compute -----------------------------------------------------------------------------
+    def grouped_matmul(self, x_ND: Array, w_GDF: Array, counts_G: Array) -> Array:
+        """Row blocks of x, counts[g] rows each, times w[g]; rows after the last block give exact zeros.
+
+        Groups of zero rows are legal and get exactly zero weight gradient.
+        """
+        ...
+
+    def expert_mlp(
+        self, x_ND: Array, w_up: Array, w_down: Array, counts_G: Array, activation: Literal["swiglu", "gelu"]
+    ) -> Array:
+        """Grouped feed-forward: act(x @ w_up[g]) @ w_down[g].
+
+        swiglu: w_up is (G, D, 2F), gate columns first, act = silu(gate) * up. gelu: w_up is (G, D, F), exact gelu.
+        """
+        ...
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight along the last axis; statistics in at least float32."""
+        ...
+
+    def attention(self, q_SLHA: Array, k_SLHA: Array, v_SLHA: Array, allowed: Array | None) -> Array:
+        """Causal scaled-dot-product attention, (S, L, H, A); k and v may have fewer heads (grouped queries).
+
+        allowed: None (causal), or boolean (S, L, L), already causal, True where a query (row) may look.
+        """
+        ...
+
+    def cross_entropy(self, logits_TV: Array, targets_T: Array) -> Array:
+        """Negative log-likelihood of each target, (T,), in at least float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """A set of ranks that talk to each other. `handle` belongs to the backend."""
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+    handle: Any = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+class Communicator(Protocol):
+    """Collectives of one rank. Every rank of a group must make the same calls in the same order."""
+
+    rank: int
+    size: int
+
+    def group(self, name: str, partition: Sequence[Sequence[int]]) -> Group:
+        """The group of this rank in a partition of all ranks. Collective: all ranks call it alike."""
+        ...
+
+    def all_to_all(
+        self, x: Array, group: Group, send_splits: Sequence[int] | None = None, recv_splits: Sequence[int] | None = None
+    ) -> Array:
+        """Rows of x, cut by send_splits (host integers), to the ranks in order; None = equal splits.
+
+        Adjoint: the same exchange with the splits swapped. A rank with nothing to send still takes part.
+        """
+        ...
+
+    def all_gather(self, x: Array, group: Group) -> Array:
+        """Equal-shaped blocks joined along axis 0. Adjoint: reduce_scatter."""
+        ...
+
+    def reduce_scatter(self, x: Array, group: Group) -> Array:
+        """Sum over ranks, block i of axis 0 to rank i. Adjoint: all_gather."""
+        ...
+
+    def all_reduce(self, x: Array, group: Group) -> Array:
+        """Sum over ranks. Adjoint: all_reduce."""
+        ...
+
+    def exchange(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]], group: Group) -> list[Array]:
+        """Batched point-to-point by group index: returns one Array per receive, shaped like its template.
+
+        Matched in order between each pair. No gradient.
+        """
+        ...
+
+    def gather_to_host(self, x: Array | np.ndarray, group: Group) -> np.ndarray:
+        """(size, ...) on every rank's host: one all-gather and one copy to the host. No gradient."""
+        ...
+
+    def broadcast(self, x: Array, root: int, group: Group) -> Array:
+        """The root's (group index) values. No gradient."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the job in order; nothing may follow."""
+        ...
+
+
+class Comm(Protocol):
+    """The communication module of a backend."""
+
+    def connect(self, launch: Launch) -> Communicator:
+        """Join the job that `launch` describes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is, as a launcher said it (`registry.read_launch`)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor that a rank stores: what a trainer needs to know about it.
+
+    reduce_over: name of the group over which its gradient is summed; norm_over: name of the group whose
+    ranks hold disjoint parts (None = every rank holds the same), so that a norm counts each part once.
+    master: handed to forward in its stored precision instead of the computation's (router, norms).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    initial: Callable[[], np.ndarray]
+    reduce_over: str = "world"
+    norm_over: str | None = None
+    weight_decay: bool = True
+    master: bool = False
+
+
+@dataclass(frozen=True)
+class Component:
+    """A piece of a model: parameters and a pure function forward(parameters by name, *inputs)."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    forward: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Numbers an optimizer and a precision policy need. dtype: of the computation; masters are >= float32."""
+
+    dtype: DType = "float32"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    data_sharding: Literal["none", "full"] = "none"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+
+class State(Protocol):
+    """A model in training: parameters, gradients, optimizer state. Fields belong to the backend."""
+
+    modules: Mapping[str, Callable[..., Any]]
+    """Component name -> callable(*inputs): the framework's module."""
+
+
+class Trainer(Protocol):
+    """Parameters, gradients and the optimizer."""
+
+    def build(
+        self, components: Sequence[Component], options: TrainOptions, groups: Mapping[str, Group], comm: Communicator
+    ) -> State:
+        """Make the framework's modules, draw the parameters, prepare the optimizer."""
+        ...
+
+    def module(self, component: Component) -> Any:
+        """One component as the framework's module (`nn.Module`, `nn.Cell`), for other people's loops."""
+        ...
+
+    def accumulate(self, state: State, loss_fn: Callable[[], tuple[Array, Any]]) -> tuple[Array, Any]:
+        """Run loss_fn (which calls state.modules), add its gradients to the state's; returns (loss, aux)."""
+        ...
+
+    def reduce_gradients(self, state: State) -> None:
+        """Sum each gradient over its parameter's `reduce_over` group."""
+        ...
+
+    def clip_gradients(self, state: State, max_norm: float | None) -> float:
+        """The global norm, each parameter counted once; scales gradients when it exceeds max_norm."""
+        ...
+
+    def step(self, state: State, learning_rate: float) -> None:
+        """One optimizer update, then gradients are forgotten."""
+        ...
+
+    def gradients(self, state: State) -> dict[str, np.ndarray]:
+        """Local gradients by parameter name, on the host (zeros where none)."""
+        ...
+
+    def tensors(self, state: State) -> Iterator[tuple[str, str, np.ndarray]]:
+        """(parameter name, kind, local value): kind is 'parameter', 'exp_avg' or 'exp_avg_sq'."""
+        ...
+
+    def load_tensors(self, state: State, values: Iterable[tuple[str, str, np.ndarray]], step: int) -> None:
+        """Write local values back in place; `step` = optimizer updates done."""
+        ...
+
+    def peak_memory(self, reset: bool = False) -> int:
+        """Largest number of bytes held since the last reset (device), or resident set size (host)."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the device: before reading a clock."""
+        ...

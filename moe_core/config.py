@@ -1,0 +1,156 @@
+"""What an experiment file may say: frozen, validated, unknown keys refused (`compose.py` reads the files)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+RouterName = str
+Positive = Field(gt=0)
+NotNegative = Field(ge=0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MoeConfig(Section):
+    """The layer's function: what `parallel` never changes."""
+
+    num_experts: int = Field(8, gt=0)
+    top_k: int = Field(2, gt=0)
+    expert_hidden_size: int = Field(512, gt=0)
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    router: RouterName = "topk"
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    softmax_order: Literal["before_topk", "after_topk"] = "before_topk"
+    norm_topk_prob: bool = True
+    route_scale: float = 1.0
+    router_dtype: Literal["float32", "float64"] = "float32"
+    num_groups: int = Field(1, gt=0)
+    group_top_k: int = Field(1, gt=0)
+    bias_update_rate: float = Field(0.0, ge=0)
+    aux_loss_coeff: float = Field(0.01, ge=0)
+    aux_loss_scope: Literal["sequence", "global"] = "sequence"
+    z_loss_coeff: float = Field(0.0, ge=0)
+    locality_loss_coeff: float = Field(0.0, ge=0)
+    capacity_factor: float | str | None = None
+    drop_policy: Literal["position", "score"] = "score"
+    capacity_group: Literal["sequence", "rank"] = "sequence"
+    num_shared_experts: int = Field(0, ge=0)
+    shared_expert_hidden_size: int | None = None
+    shared_expert_gate: bool = False
+    num_heads: int = Field(1, gt=0)
+    head_dim: int | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> MoeConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}; choose top_k <= num_experts"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """A pre-norm decoder around the MoE layer."""
+
+    vocab_size: int = Field(257, gt=0)
+    hidden_size: int = Field(256, gt=0)
+    num_layers: int = Field(4, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    num_key_value_heads: int | None = None
+    attention_head_dim: int | None = None
+    num_dense_layers: int = Field(0, ge=0)
+    dense_hidden_size: int | None = None
+    dense_activation: Literal["swiglu", "gelu"] = "swiglu"
+    qk_norm: bool = False
+    attention_bias: bool = False
+    tie_embeddings: bool = False
+    norm_eps: float = Field(1e-6, gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
+    init_std: float = Field(0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        kv = self.num_key_value_heads or self.num_attention_heads
+        if self.num_attention_heads % kv:
+            raise ValueError(
+                f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"model.num_key_value_heads={kv}; choose a divisor"
+            )
+        if self.attention_head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} is not a multiple of model.num_attention_heads="
+                f"{self.num_attention_heads}; change one or set model.attention_head_dim"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """How the layer runs: never changes its function. `scheme` names a combination (configs/schemes/)."""
+
+    scheme: str = "ep"
+    expert_parallel_size: int | Literal["auto"] = "auto"
+    tensor_parallel_size: int = Field(1, gt=0)
+    head_parallel_size: int = Field(1, gt=0)
+    planner: Literal["static", "least_loaded", "relayout"] = "static"
+    placement: Literal["fixed", "swap"] = "fixed"
+    transport: Literal["flat", "groupwise", "hierarchical_dedup"] = "flat"
+    residency: Literal["owned", "borrowed", "fully_sharded"] = "owned"
+    data_sharding: Literal["none", "full"] = "none"
+    data_assignment: Literal["round_robin", "by_domain", "by_affinity"] = "round_robin"
+    max_rows_per_rank: int | None = Field(None, gt=0)
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: int = Field(100, gt=0)
+    seed: int = 0
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    global_batch_size: int = Field(16, gt=0)
+    micro_batch_size: int | None = Field(None, gt=0)
+    sequence_length: int = Field(256, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    min_learning_rate: float = Field(1e-4, ge=0)
+    warmup_steps: int = Field(10, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = 1.0
+    recompute: Literal["none", "experts", "layer"] = "none"
+    validate_every: int = Field(0, ge=0)
+    validation_batches: int = Field(4, gt=0)
+    save_every: int = Field(0, ge=0)
+    keep_last: int = Field(2, gt=0)
+    log_every: int = Field(1, gt=0)
+    timeout_s: float = Field(120.0, gt=0)
+
+
+class DataConfig(Section):
+    """Where tokens come from."""
+
+    source: Literal["stdlib", "text", "memmap", "hf"] = "stdlib"
+    paths: tuple[str, ...] = ()
+    tokenizer: str = "bytes"
+    dataset: str | None = None
+    dataset_split: str = "train"
+    text_field: str = "text"
+    validation_fraction: float = Field(0.02, gt=0, lt=1)
+    document_masks: bool = True
+    seed: int = 0
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: str = "experiment"
+    backend: str | None = None
+    model: ModelConfig = ModelConfig()
+    moe: MoeConfig = MoeConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    data: DataConfig = DataConfig()

@@ -1,0 +1,1 @@
+"""Counts -> Plan. Pure functions of integers: no rank, no clock, no framework."""
