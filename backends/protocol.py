@@ -1,4 +1,4 @@
-"""What a backend must offer: `ops`, `comm` and `trainer`, each a module of plain functions.
+"""What a backend must offer: `ops`, `comm` and `trainer`, modules or objects of plain functions.
 
 Tensors of a framework are called `Array` here. The core also uses what every framework's tensor has:
 `+ - * /` and `@` (with NumPy broadcasting; `// %` on integers, `~ & |` on booleans), comparisons with
@@ -239,7 +239,10 @@ class Comm(Protocol):
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is, as a launcher said it (`registry.read_launch`)."""
+    """Who this process is, as a launcher said it (`registry.read_launch`).
+
+    agent_store: address:port is served by the launcher's agent (TORCHELASTIC_USE_AGENT_STORE), not by rank 0.
+    """
 
     rank: int = 0
     size: int = 1
@@ -248,6 +251,7 @@ class Launch:
     address: str = "127.0.0.1"
     port: int = 29500
     timeout_s: float = 600.0
+    agent_store: bool = False
 
 
 @dataclass(frozen=True)

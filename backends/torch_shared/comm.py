@@ -1,0 +1,177 @@
+"""Collectives over torch.distributed, each with its gradient. One `TorchCommunicator` per process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..protocol import Group, Launch
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any, size: int) -> Tensor:
+        ctx.meta = (send, recv, handle, size)
+        return _all_to_all(x, send, recv, handle)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        send, recv, handle, _ = ctx.meta
+        return _all_to_all(grads[0], recv, send, handle), None, None, None, None
+
+
+def _all_to_all(x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any) -> Tensor:
+    rows = x.shape[0] if recv is None else sum(recv)
+    y = x.new_empty((rows, *x.shape[1:]))
+    dist.all_to_all_single(y, x.contiguous(), recv, send, group=handle)
+    return y
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grads[0], ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.group), None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _reduce(grads[0], ctx.group), None
+
+
+def _gather(x: Tensor, group: Group) -> Tensor:
+    y = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(y, x.contiguous(), group=group.handle)
+    return y
+
+
+def _scatter(x: Tensor, group: Group) -> Tensor:
+    y = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(y, x.contiguous(), group=group.handle)
+    return y
+
+
+def _reduce(x: Tensor, group: Group) -> Tensor:
+    y = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(y, group=group.handle)
+    return y
+
+
+def _store(launch: Launch, timeout: timedelta) -> dist.TCPStore:
+    """The job's key-value store: torchrun's own when its agent serves one, else rank 0's."""
+    serve = launch.rank == 0 and not launch.agent_store
+    store = dist.TCPStore(launch.address, launch.port, launch.size, serve, timeout, wait_for_workers=False)
+    return dist.PrefixStore("twinmoe", store) if launch.agent_store else store  # type: ignore[return-value]
+
+
+class TorchCommunicator:
+    """protocol.Communicator over one process group per `Group`. `device` holds the tensors of the collectives."""
+
+    def __init__(self, launch: Launch, backend: str, device: torch.device) -> None:
+        self.rank, self.size = launch.rank, launch.size
+        self._device = device
+        self._timeout = timedelta(seconds=launch.timeout_s)
+        if self.size > 1:
+            dist.init_process_group(
+                backend,
+                store=_store(launch, self._timeout),
+                rank=launch.rank,
+                world_size=launch.size,
+                timeout=self._timeout,
+            )
+
+    def group(self, name: str, partition: Sequence[Sequence[int]]) -> Group:
+        mine = next(tuple(p) for p in partition if self.rank in p)
+        handle = None
+        if len(mine) > 1 or any(len(p) > 1 for p in partition):
+            for ranks in partition:
+                made = dist.new_group(list(ranks), timeout=self._timeout)
+                handle = made if self.rank in ranks else handle
+        return Group(name, mine, mine.index(self.rank), handle)
+
+    def all_to_all(
+        self, x: Tensor, group: Group, send_splits: Sequence[int] | None = None, recv_splits: Sequence[int] | None = None
+    ) -> Tensor:
+        if group.size == 1:
+            return x
+        send, recv = (None if s is None else [int(v) for v in s] for s in (send_splits, recv_splits))
+        return _AllToAll.apply(x, send, recv, group.handle, group.size)  # type: ignore[no-any-return]
+
+    def all_gather(self, x: Tensor, group: Group) -> Tensor:
+        return x if group.size == 1 else _AllGather.apply(x, group)  # type: ignore[no-any-return]
+
+    def reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
+        return x if group.size == 1 else _ReduceScatter.apply(x, group)  # type: ignore[no-any-return]
+
+    def all_reduce(self, x: Tensor, group: Group) -> Tensor:
+        return x if group.size == 1 else _AllReduce.apply(x, group)  # type: ignore[no-any-return]
+
+    def exchange(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], group: Group
+    ) -> list[Tensor]:
+        results = [torch.empty_like(template) for _, template in receives]
+        waiting = [
+            dist.P2POp(dist.irecv, out, group.ranks[peer], group=group.handle)
+            for (peer, _), out in zip(receives, results, strict=True)
+            if peer != group.index
+        ]
+        waiting += [
+            dist.P2POp(dist.isend, x.detach().contiguous(), group.ranks[peer], group=group.handle)
+            for peer, x in sends
+            if peer != group.index
+        ]
+        own = iter([x for peer, x in sends if peer == group.index])
+        for (peer, _), out in zip(receives, results, strict=True):
+            if peer == group.index:
+                out.copy_(next(own).detach())
+        for work in dist.batch_isend_irecv(waiting) if waiting else []:
+            work.wait()
+        return results
+
+    def gather_to_host(self, x: Tensor | np.ndarray, group: Group) -> np.ndarray:
+        value = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x.detach()
+        if group.size == 1:
+            return value.cpu().numpy()[None]
+        return _gather(value.to(self._device)[None], group).cpu().numpy()
+
+    def broadcast(self, x: Tensor, root: int, group: Group) -> Tensor:
+        y = x.detach().clone(memory_format=torch.contiguous_format)
+        if group.size > 1:
+            dist.broadcast(y, group.ranks[root], group=group.handle)
+        return y
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
