@@ -37,7 +37,7 @@ class Ops(Protocol):
         ...
 
     def cast(self, x: Array, dtype: DType) -> Array:
-        """Convert a floating tensor; the gradient is converted back."""
+        """Convert to a floating dtype (integers and booleans too); the gradient is converted back."""
         ...
 
     def dtype_of(self, x: Array) -> DType:
@@ -242,6 +242,7 @@ class Launch:
     """Who this process is, as a launcher said it (`registry.read_launch`).
 
     agent_store: address:port is served by the launcher's agent (TORCHELASTIC_USE_AGENT_STORE), not by rank 0.
+    attempt: restarts so far (TORCHELASTIC_RESTART_COUNT), so that a restarted job does not read stale keys.
     """
 
     rank: int = 0
@@ -252,6 +253,7 @@ class Launch:
     port: int = 29500
     timeout_s: float = 600.0
     agent_store: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _store(launch: Launch, timeout: timedelta) -> dist.TCPStore:
     """The job's key-value store: torchrun's own when its agent serves one, else rank 0's."""
     serve = launch.rank == 0 and not launch.agent_store
     store = dist.TCPStore(launch.address, launch.port, launch.size, serve, timeout, wait_for_workers=False)
-    return dist.PrefixStore("twinmoe", store) if launch.agent_store else store  # type: ignore[return-value]
+    return dist.PrefixStore(f"twinmoe_{launch.attempt}", store) if launch.agent_store else store  # type: ignore[return-value]
 
 
 class TorchCommunicator:

@@ -1,0 +1,36 @@
+"""Scores -> expert ids and weights. `make_router` is where a router's name becomes an object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...backends.protocol import Ops
+from ..config import MoeConfig
+from .base import Memo, Router, Routing, Tokens
+from .topk import TopKRouter
+
+__all__ = ["Memo", "Router", "Routing", "Tokens", "make_router", "register_router"]
+
+RouterFactory = Callable[[Ops, MoeConfig, int, int, float], Router]
+
+
+def _switch(ops: Ops, moe: MoeConfig, width: int, seed: int, std: float) -> Router:
+    """Switch: top-1, weighted by its own softmax probability."""
+    return TopKRouter(ops, moe.model_copy(update={"top_k": 1, "norm_topk_prob": False}), width, seed, std)
+
+
+_ROUTERS: dict[str, RouterFactory] = {"topk": TopKRouter, "switch": _switch}
+
+
+def register_router(name: str, factory: RouterFactory) -> None:
+    """Make `moe.router: name` known. ValueError if the name is taken."""
+    if name in _ROUTERS:
+        raise ValueError(f"a router named {name!r} exists already; choose another name")
+    _ROUTERS[name] = factory
+
+
+def make_router(ops: Ops, moe: MoeConfig, width: int, seed: int, std: float) -> Router:
+    """The router `moe.router` for tokens of `width`. ValueError for an unknown name."""
+    if moe.router not in _ROUTERS:
+        raise ValueError(f"moe.router={moe.router!r} is unknown; choose one of {', '.join(sorted(_ROUTERS))}")
+    return _ROUTERS[moe.router](ops, moe, width, seed, std)

@@ -1,0 +1,91 @@
+"""One MoE layer. Read this file first: a token's path is five calls.
+
+    route     scores -> expert ids and weights
+    plan      counts -> who computes which rows with which weights (integers, on the host)
+    dispatch  rows to the ranks that compute them
+    compute   grouped feed-forward with the weights that are there
+    combine   rows back home, weighted and summed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..backends.protocol import Array, Communicator, Group, Ops
+from .plan import Plan
+from .residency.base import Residency
+from .routing.base import Memo, Router, Routing, Tokens
+from .transport.base import Exchange, Transport
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What happened: chosen_E counts choices before dropping (device); plan is None where nothing travels."""
+
+    chosen_E: Array
+    kept_E: Array
+    plan: Plan | None
+    exchange: Exchange
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """y in the shape of x; losses by name, before coefficients; stats."""
+
+    y: Array
+    losses: Mapping[str, Array]
+    stats: LayerStats | None = field(default=None)
+
+
+Planner = Callable[[np.ndarray], Plan]
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """The collaborators of one layer; the parameters are passed to `__call__` by their own short names."""
+
+    ops: Ops
+    comm: Communicator
+    group: Group
+    num_experts: int
+    router: Router
+    planner: Planner
+    transport: Transport
+    residency: Residency
+    shared: Callable[[Mapping[str, Array], Array], Array] | None = None
+    checkpoint_experts: bool = False
+
+    def __call__(self, params: Mapping[str, Array], x_TD: Array, tokens: Tokens, memo: Memo) -> MoEOutput:
+        routing = self.router.route(params, x_TD, tokens, memo)
+        plan = self.plan(routing, memo)
+        rows_ND, exchange = self.transport.dispatch(x_TD, routing, plan)
+        out_ND = self.compute(params, rows_ND, exchange, plan)
+        y_TD = self.transport.combine(out_ND, routing.weights_TK, exchange)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(params, x_TD)
+        return MoEOutput(y_TD, routing.losses, self._stats(routing, plan, exchange))
+
+    def plan(self, routing: Routing, memo: Memo) -> Plan | None:
+        """The layer's one copy to the host: (ranks, experts) counts of kept rows. None in a group of one rank."""
+        if self.group.size == 1:
+            return None
+
+        def decide() -> Plan:
+            counts_E = self.ops.count(routing.ids_TK, self.num_experts)
+            return self.planner(self.comm.gather_to_host(counts_E, self.group))
+
+        return memo.once("plan", decide)
+
+    def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+        """Expert outputs; under `train.recompute: experts` their intermediates are computed again in backward."""
+        if not self.checkpoint_experts:
+            return self.residency.compute(params, rows_ND, exchange, plan)
+        return self.ops.checkpoint(lambda rows: self.residency.compute(params, rows, exchange, plan), rows_ND)
+
+    def _stats(self, routing: Routing, plan: Plan | None, exchange: Exchange) -> LayerStats:
+        chosen_E = self.ops.count(routing.chosen_TK, self.num_experts)
+        same = routing.ids_TK is routing.chosen_TK
+        return LayerStats(chosen_E, chosen_E if same else self.ops.count(routing.ids_TK, self.num_experts), plan, exchange)

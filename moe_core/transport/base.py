@@ -1,0 +1,49 @@
+"""How rows travel: the seam between a Plan and the collectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...backends.protocol import Array
+from ..plan import Plan
+from ..routing.base import Routing
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one all-to-all of rows moves, as planned: sent[r, s] from rank r to rank s of the group."""
+
+    level: str
+    sent: np.ndarray
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What combine needs of dispatch. position_TK: row of each copy among the rows that come back, -1 = dropped.
+
+    counts_C: rows per slot of this rank, on the device. The other fields belong to the transport.
+    """
+
+    position_TK: Array
+    counts_C: Array
+    send_splits: tuple[int, ...] = ()
+    recv_splits: tuple[int, ...] = ()
+    to_slots: Array | None = None
+    from_slots: Array | None = None
+    traffic: tuple[Traffic, ...] = field(default=())
+    extra: Any = None
+
+
+class Transport(Protocol):
+    """dispatch and combine: each one's gradient is the other."""
+
+    def dispatch(self, x_TD: Array, routing: Routing, plan: Plan | None) -> tuple[Array, Exchange]:
+        """(rows_ND in slot order on the computing rank, what combine needs)."""
+        ...
+
+    def combine(self, rows_ND: Array, weights_TK: Array, exchange: Exchange) -> Array:
+        """y_TD: weighted sum of each token's rows, in the order of k."""
+        ...
