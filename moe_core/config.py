@@ -71,6 +71,8 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-6, gt=0)
     rope_theta: float = Field(10000.0, gt=0)
     init_std: float = Field(0.02, gt=0)
+    layer_shape_only: bool = False
+    """The file gives the MoE layer of a published model whose other parts differ: no training, only shapes."""
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -102,6 +104,23 @@ class ParallelConfig(Section):
     data_sharding: Literal["none", "full"] = "none"
     data_assignment: Literal["round_robin", "by_domain", "by_affinity"] = "round_robin"
     max_rows_per_rank: int | None = Field(None, gt=0)
+
+
+class LevelConfig(Section):
+    """One level of a cluster: `size` ranks share one unit of it; alpha in s, beta in s per byte, per rank."""
+
+    name: str
+    size: int | None = Field(None, gt=0)
+    alpha: float = Field(0.0, ge=0)
+    beta: float = Field(0.0, ge=0)
+
+
+class ClusterConfig(Section):
+    """Where ranks sit: levels from the innermost to the outermost, whose size null means all ranks."""
+
+    name: str = "one_host"
+    levels: tuple[LevelConfig, ...] = (LevelConfig(name="host"),)
+    device_memory_bytes: int | None = Field(None, gt=0)
 
 
 class TrainConfig(Section):
@@ -141,6 +160,7 @@ class DataConfig(Section):
     text_field: str = "text"
     validation_fraction: float = Field(0.02, gt=0, lt=1)
     document_masks: bool = True
+    domain_mix: Literal["even", "proportional"] = "even"
     seed: int = 0
 
 
@@ -149,6 +169,7 @@ class Config(Section):
 
     name: str = "experiment"
     backend: str | None = None
+    cluster: ClusterConfig = ClusterConfig()
     model: ModelConfig = ModelConfig()
     moe: MoeConfig = MoeConfig()
     parallel: ParallelConfig = ParallelConfig()
