@@ -109,12 +109,11 @@ class Data:
         """Share of each domain in the training positions that batches are made of."""
         return tuple(s.positions / p.positions / len(self._train) for p in self._train for s in p.streams)
 
-    def training_pairs(self, limit: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(domain, tokens, targets) in pieces; of a domain, at most about its share of `limit` positions."""
-        for stream, share in zip((s for p in self._train for s in p.streams), self.domain_shares, strict=True):
-            for first, last in _spread(stream.positions, max(1, int(limit * share))):
-                tokens, targets, _ = stream.read(first, last)
-                yield stream.domain, tokens, targets
+    def training_pairs(self, domain: int, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, targets) of a domain in pieces; of more than `limit` positions, about so many, evenly spread."""
+        stream = [s for p in self._train for s in p.streams][domain]
+        for first, last in _spread(stream.positions, limit):
+            yield stream.read(first, last)[:2]
 
     def _batch(self, pools: tuple[Pool, ...], step: int) -> GlobalBatch:
         S, L = self.global_batch_size, self.sequence_length
@@ -154,5 +153,7 @@ def _pools(streams: list[Stream], mix: str, key: tuple[int, ...]) -> tuple[Pool,
 def _spread(positions: int, quota: int, run: int = 1 << 20) -> Iterator[tuple[int, int]]:
     """Ranges of 0..positions, together about `quota` long and evenly spaced when that is less than all."""
     stride = max(1.0, positions / quota)
+    if stride > 1.0:
+        run = min(run, max(1, quota // 16))
     for first in range(0, positions, int(run * stride)):
         yield first, min(first + run, positions)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -57,10 +57,18 @@ class Stream:
     domain: int
     length: int
 
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.sizes)
+
+    @cached_property
+    def _shift(self) -> np.ndarray:
+        return self.starts - self._ends + self.sizes
+
     @property
     def positions(self) -> int:
         """Positions with a target."""
-        return int(self.sizes.sum())
+        return int(self._ends[-1])
 
     @property
     def sequences(self) -> int:
@@ -69,9 +77,8 @@ class Stream:
     def read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens, targets, piece number) of the positions first..last-1, int64 each."""
         where = np.arange(first, min(last, self.positions))
-        ends = np.cumsum(self.sizes)
-        piece = np.searchsorted(ends, where, side="right")
-        index = where - (ends - self.sizes)[piece] + self.starts[piece]
+        piece = np.searchsorted(self._ends, where, side="right")
+        index = where + self._shift[piece]
         return self.tokens[index].astype(np.int64), self.tokens[index + 1].astype(np.int64), piece
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,12 +87,13 @@ class Stream:
         return tokens, targets, piece - piece[0]
 
 
-@dataclass(frozen=True)
 class Pool:
-    """Streams whose sequences are shuffled together; `key` makes the order."""
+    """Streams whose sequences are shuffled together, in an order that `key` and the epoch make."""
 
-    streams: tuple[Stream, ...]
-    key: tuple[int, ...]
+    def __init__(self, streams: tuple[Stream, ...], key: tuple[int, ...]) -> None:
+        self.streams = streams
+        self.key = key
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     @property
     def sequences(self) -> int:
@@ -98,7 +106,9 @@ class Pool:
     def at(self, index: int) -> tuple[Stream, int]:
         """The index-th sequence of an endless run of epochs, each a new order: (stream, sequence in it)."""
         epoch, place = divmod(index, self.sequences)
-        chosen = int(scrambled(self.sequences, (*self.key, epoch))[place])
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, scrambled(self.sequences, (*self.key, epoch))
+        chosen = int(self._order[place])
         for stream in self.streams:
             if chosen < stream.sequences:
                 return stream, chosen
@@ -132,15 +142,12 @@ def split(domain: Domain, fraction: float, key: tuple[int, ...]) -> tuple[Pieces
     return (starts, train), (np.array([starts[longest] + train[longest]]), np.array([budget]))
 
 
-@lru_cache(maxsize=16)
 def scrambled(count: int, key: tuple[int, ...]) -> np.ndarray:
     """A permutation of 0..count-1 that depends on integers alone, not on a library's generator."""
     seed = np.zeros(1, np.uint64)
     for part in key:
         seed = _mix(seed + np.uint64(part & 0xFFFFFFFFFFFFFFFF))
-    order = np.argsort(_mix(seed + _mix(np.arange(count, dtype=np.uint64))), kind="stable")
-    order.setflags(write=False)
-    return order
+    return np.argsort(_mix(seed + _mix(np.arange(count, dtype=np.uint64))), kind="stable")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

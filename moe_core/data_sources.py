@@ -95,7 +95,14 @@ def _text(config: DataConfig) -> Iterable[tuple[str, list[bytes]]]:
     if not config.paths:
         raise ValueError("data.source=text needs data.paths: one or more files or patterns such as 'books/*.txt'")
     for path in config.paths:
-        yield path, [Path(f).read_bytes() for f in matching_files(path)]
+        yield path, [_read(f) for f in matching_files(path)]
+
+
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"data.paths: cannot read {file!r} ({error.strerror}); check its permissions") from error
 
 
 def matching_files(path: str) -> list[str]:
@@ -109,21 +116,30 @@ def matching_files(path: str) -> list[str]:
 
 def _hf(config: DataConfig) -> Iterable[tuple[str, list[bytes]]]:
     """Rows of a data set, each a document: a saved folder, files (each path a domain) or a name on the hub."""
-    library = _extra("datasets", "data.source=hf")
-    if config.dataset and os.path.isdir(config.dataset) and os.path.isfile(f"{config.dataset}/dataset_info.json"):
-        sets = {config.dataset: library.load_from_disk(config.dataset)}
-    elif config.paths:
-        sets = {path: _load_files(library, path) for path in config.paths}
-    elif config.dataset:
-        sets = {config.dataset: library.load_dataset(config.dataset, split=config.dataset_split)}
-    else:
-        raise ValueError("data.source=hf needs data.dataset (a name or a saved folder) or data.paths (local files)")
+    try:
+        sets = _load_sets(config)
+    except (OSError, RuntimeError) as error:
+        wanted = config.dataset or ", ".join(config.paths)
+        raise ValueError(
+            f"data.source=hf cannot load {wanted!r}: {error}; check the name, the split and the network"
+        ) from error
     for name, rows in sets.items():
         if config.text_field not in rows.column_names:
             raise ValueError(
                 f"data.text_field={config.text_field!r} is not a column of {name!r}; choose one of {rows.column_names}"
             )
-        yield name, [text.encode() for text in rows[config.text_field]]
+        yield name, [(text or "").encode() for text in rows[config.text_field]]
+
+
+def _load_sets(config: DataConfig) -> dict[str, Any]:
+    library = _extra("datasets", "data.source=hf")
+    if config.dataset and os.path.isdir(config.dataset) and os.path.isfile(f"{config.dataset}/dataset_info.json"):
+        return {config.dataset: library.load_from_disk(config.dataset)}
+    if config.paths:
+        return {path: _load_files(library, path) for path in config.paths}
+    if config.dataset:
+        return {config.dataset: library.load_dataset(config.dataset, split=config.dataset_split)}
+    raise ValueError("data.source=hf needs data.dataset (a name or a saved folder) or data.paths (local files)")
 
 
 def _load_files(library: Any, path: str) -> Any:
