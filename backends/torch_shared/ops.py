@@ -91,12 +91,12 @@ def topk(scores_TE: Tensor, k: int) -> Tensor:
     scores = torch.nan_to_num(scores_TE.detach(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     num = scores.shape[-1]
     if k == num:
-        return torch.sort(scores, -1, descending=True, stable=True).indices
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices
     best, ids = torch.topk(scores, k + 1, dim=-1)
     # torch.topk breaks ties arbitrarily: a row with equal neighbours among its k + 1 best is sorted stably instead
     tied = (best[:, 1:] == best[:, :-1]).any(-1)
     ids = ids[:, :k]
-    exact = torch.sort(scores[tied], -1, descending=True, stable=True).indices[:, :k]
+    exact = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[:, :k]
     return ids.index_put((tied.nonzero()[:, 0],), exact) if exact.shape[0] else ids.contiguous()
 
 

@@ -1,0 +1,187 @@
+"""The decoder: embedding, blocks (attention, then a dense feed-forward or an MoE layer), head and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..backends.protocol import Array, Component, Ops
+from .build import LayerParts, LayerSpec, Runtime, build_layer
+from .config import Config
+from .data import GlobalBatch
+from .layer import LayerStats
+from .routing.base import Memo, Tokens
+from .transformer import (
+    Declare,
+    Params,
+    Rotary,
+    attention,
+    attention_parameters,
+    head_dim,
+    mlp,
+    mlp_parameters,
+    output_std,
+    scoped,
+)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Local contributions on the device (sums over ranks give the step's values) and the stats of each MoE layer."""
+
+    cross_entropy: Array
+    losses: Mapping[str, Array]
+    stats: tuple[LayerStats, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every block of one forward pass shares."""
+
+    tokens: Tokens
+    rotary: Rotary
+    allowed: Array | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Components for a trainer, and the loss as a function of the modules it makes of them."""
+
+    config: Config
+    ops: Ops
+    components: tuple[Component, ...]
+    moe_layers: tuple[int, ...]
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+
+    def loss(
+        self, modules: Mapping[str, Callable[..., Any]], batch: GlobalBatch, step: int = 0, training: bool = True
+    ) -> tuple[Array, StepOutput]:
+        """This micro-batch's contribution to the loss of the whole optimizer step, and what it is made of."""
+        inputs = self._inputs(batch, step, training)
+        x_SLD = modules["vocabulary"]("embed", self.ops.asarray(batch.tokens_SL.reshape(-1)), batch.tokens_SL.shape)
+        auxiliary: dict[str, Array] = {}
+        stats: list[LayerStats] = []
+        for index in range(self.config.model.num_layers):
+            x_SLD, losses, seen = self._block(modules[f"layers.{index}"], x_SLD, inputs)
+            stats += [] if seen is None else [seen]
+            for name, value in losses.items():
+                auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
+        cross_entropy = modules["vocabulary"]("loss", x_SLD, batch)
+        loss = cross_entropy
+        for name, value in auxiliary.items():
+            loss = loss + value * self.coefficients[name]
+        return loss, StepOutput(
+            self.ops.stop_gradient(cross_entropy),
+            {name: self.ops.stop_gradient(value) for name, value in auxiliary.items()},
+            tuple(stats),
+        )
+
+    def _block(self, module: Callable[..., Any], x_SLD: Array, inputs: Inputs) -> tuple[Array, dict[str, Array], Any]:
+        memo = Memo()
+        if self.config.train.recompute != "layer":
+            return module(x_SLD, inputs, memo)
+        return self.ops.checkpoint(lambda x: module(x, inputs, memo), x_SLD)
+
+    def _inputs(self, batch: GlobalBatch, step: int, training: bool) -> Inputs:
+        model, ops = self.config.model, self.ops
+        real = None if batch.real_SL.all() else ops.asarray(batch.real_SL.reshape(-1))
+        tokens = Tokens(
+            sequences=batch.tokens_SL.shape[0],
+            total=float(batch.total_tokens),
+            layers=max(1, len(self.moe_layers)),
+            real_T=real,
+            token_ids_T=ops.asarray(batch.tokens_SL.reshape(-1)),
+            sequence_positions=batch.positions_S,
+            global_sequences=self.config.train.global_batch_size,
+            step=step,
+            training=training,
+        )
+        length = batch.tokens_SL.shape[1]
+        rotary = Rotary.make(ops, length, head_dim(model), model.rope_theta, self.config.train.dtype)
+        return Inputs(tokens, rotary, _allowed(ops, batch))
+
+
+def _allowed(ops: Ops, batch: GlobalBatch) -> Array | None:
+    """Causal and inside one document; None if every sequence is one document."""
+    documents = batch.documents_SL
+    if (documents == documents[:, :1]).all():
+        return None
+    length = documents.shape[1]
+    causal = np.tril(np.ones((length, length), bool))
+    return ops.asarray(causal & (documents[:, :, None] == documents[:, None, :]))
+
+
+def build_model(config: Config, runtime: Runtime) -> Model:
+    """The components of `config` on this rank's place in the mesh."""
+    model = config.model
+    moe_layers = tuple(range(model.num_dense_layers, model.num_layers))
+    blocks = [_build_block(config, runtime, i, i in moe_layers) for i in range(model.num_layers)]
+    coefficients = {
+        "load_balance": config.moe.aux_loss_coeff,
+        "z": config.moe.z_loss_coeff,
+        "locality": config.moe.locality_loss_coeff,
+    }
+    return Model(config, runtime.ops, (_build_vocabulary(config, runtime), *blocks), moe_layers, coefficients)
+
+
+def _build_vocabulary(config: Config, runtime: Runtime) -> Component:
+    """Embedding, final norm, output head (tied or not) and cross-entropy: one component, called twice."""
+    model, ops = config.model, runtime.ops
+    declare = Declare("vocabulary.", config.train.seed)
+    shape = (model.vocab_size, model.hidden_size)
+    parameters = [declare("w_embedding", shape, model.init_std), declare.norm("norm", model.hidden_size)]
+    if not model.tie_embeddings:
+        parameters.append(declare("w_head", (model.hidden_size, model.vocab_size), model.init_std))
+
+    def forward(params: Params, what: str, *inputs: Any) -> Array:
+        p = scoped(params, declare.prefix)
+        if what == "embed":
+            ids_T, (sequences, length) = inputs
+            return ops.take_rows(p["w_embedding"], ids_T).reshape((sequences, length, model.hidden_size))
+        x_SLD, batch = inputs
+        x_TD = ops.rms_norm(x_SLD.reshape((-1, model.hidden_size)), p["norm"], model.norm_eps)
+        head = ops.transpose(p["w_embedding"], (1, 0)) if model.tie_embeddings else p["w_head"]
+        targets = batch.targets_SL.reshape(-1)
+        losses_T = ops.cross_entropy(x_TD @ head, ops.asarray(np.maximum(targets, 0)))
+        return ops.where(ops.asarray(targets >= 0), losses_T, 0.0).sum(-1) * (1.0 / max(1, batch.total_targets))
+
+    return Component("vocabulary", tuple(parameters), forward)
+
+
+def _build_block(config: Config, runtime: Runtime, index: int, is_moe: bool) -> Component:
+    """norm -> attention -> residual -> norm -> feed-forward -> residual; forward(x_SLD, Inputs, Memo)."""
+    model, ops = config.model, runtime.ops
+    prefix = f"layers.{index}."
+    declare = Declare(prefix + "attention.", config.train.seed)
+    norms = Declare(prefix, config.train.seed)
+    parameters = [*attention_parameters(model, declare), norms.norm("norm_1", model.hidden_size)]
+    parameters.append(norms.norm("norm_2", model.hidden_size))
+    parts = _feed_forward(config, runtime, prefix, is_moe)
+    parameters += parts.parameters if isinstance(parts, LayerParts) else parts
+
+    def forward(params: Params, x_SLD: Array, inputs: Inputs, memo: Memo) -> tuple[Array, Mapping[str, Array], Any]:
+        p = scoped(params, prefix)
+        a_SLD = ops.rms_norm(x_SLD, p["norm_1"], model.norm_eps)
+        x_SLD = x_SLD + attention(ops, model, scoped(p, "attention."), a_SLD, inputs.rotary, inputs.allowed)
+        x_TD = ops.rms_norm(x_SLD, p["norm_2"], model.norm_eps).reshape((-1, model.hidden_size))
+        if isinstance(parts, LayerParts):
+            out = parts.layer(scoped(p, "moe."), x_TD, inputs.tokens, memo)
+            return x_SLD + out.y.reshape(x_SLD.shape), out.losses, out.stats
+        y_TD = mlp(ops, model.dense_activation, p["mlp.w_up"], p["mlp.w_down"], x_TD)
+        return x_SLD + y_TD.reshape(x_SLD.shape), {}, None
+
+    return Component(f"layers.{index}", tuple(parameters), forward)
+
+
+def _feed_forward(config: Config, runtime: Runtime, prefix: str, is_moe: bool) -> LayerParts | Sequence[Any]:
+    model, seed = config.model, config.train.seed
+    if is_moe:
+        recompute = config.train.recompute == "experts"
+        spec = LayerSpec(model.hidden_size, prefix + "moe.", seed, model.init_std, output_std(model), recompute)
+        return build_layer(config.moe, config.parallel, runtime, spec)
+    hidden = model.dense_hidden_size or config.moe.expert_hidden_size * config.moe.top_k
+    stds = (model.init_std, output_std(model))
+    return mlp_parameters("w", model.hidden_size, hidden, model.dense_activation, stds, Declare(prefix + "mlp.", seed))
