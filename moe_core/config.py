@@ -7,20 +7,18 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RouterName = str
-Positive = Field(gt=0)
-NotNegative = Field(ge=0)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MoeConfig(Section):
     """The layer's function: what `parallel` never changes."""
 
-    num_experts: int = Field(8, gt=0)
-    top_k: int = Field(2, gt=0)
-    expert_hidden_size: int = Field(512, gt=0)
+    num_experts: int = Field(default=8, gt=0)
+    top_k: int = Field(default=2, gt=0)
+    expert_hidden_size: int = Field(default=512, gt=0)
     activation: Literal["swiglu", "gelu"] = "swiglu"
     router: RouterName = "topk"
     score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -28,20 +26,20 @@ class MoeConfig(Section):
     norm_topk_prob: bool = True
     route_scale: float = 1.0
     router_dtype: Literal["float32", "float64"] = "float32"
-    num_groups: int = Field(1, gt=0)
-    group_top_k: int = Field(1, gt=0)
-    bias_update_rate: float = Field(0.0, ge=0)
-    aux_loss_coeff: float = Field(0.01, ge=0)
+    num_groups: int = Field(default=1, gt=0)
+    group_top_k: int = Field(default=1, gt=0)
+    bias_update_rate: float = Field(default=0.0, ge=0)
+    aux_loss_coeff: float = Field(default=0.01, ge=0)
     aux_loss_scope: Literal["sequence", "global"] = "sequence"
-    z_loss_coeff: float = Field(0.0, ge=0)
-    locality_loss_coeff: float = Field(0.0, ge=0)
+    z_loss_coeff: float = Field(default=0.0, ge=0)
+    locality_loss_coeff: float = Field(default=0.0, ge=0)
     capacity_factor: float | str | None = None
     drop_policy: Literal["position", "score"] = "score"
     capacity_group: Literal["sequence", "rank"] = "sequence"
-    num_shared_experts: int = Field(0, ge=0)
+    num_shared_experts: int = Field(default=0, ge=0)
     shared_expert_hidden_size: int | None = None
     shared_expert_gate: bool = False
-    num_heads: int = Field(1, gt=0)
+    num_heads: int = Field(default=1, gt=0)
     head_dim: int | None = None
 
     @model_validator(mode="after")
@@ -56,21 +54,21 @@ class MoeConfig(Section):
 class ModelConfig(Section):
     """A pre-norm decoder around the MoE layer."""
 
-    vocab_size: int = Field(257, gt=0)
-    hidden_size: int = Field(256, gt=0)
-    num_layers: int = Field(4, gt=0)
-    num_attention_heads: int = Field(4, gt=0)
+    vocab_size: int = Field(default=257, gt=0)
+    hidden_size: int = Field(default=256, gt=0)
+    num_layers: int = Field(default=4, gt=0)
+    num_attention_heads: int = Field(default=4, gt=0)
     num_key_value_heads: int | None = None
     attention_head_dim: int | None = None
-    num_dense_layers: int = Field(0, ge=0)
+    num_dense_layers: int = Field(default=0, ge=0)
     dense_hidden_size: int | None = None
     dense_activation: Literal["swiglu", "gelu"] = "swiglu"
     qk_norm: bool = False
     attention_bias: bool = False
     tie_embeddings: bool = False
-    norm_eps: float = Field(1e-6, gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
-    init_std: float = Field(0.02, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     layer_shape_only: bool = False
     """The file gives the MoE layer of a published model whose other parts differ: no training, only shapes."""
 
@@ -95,24 +93,24 @@ class ParallelConfig(Section):
 
     scheme: str = "ep"
     expert_parallel_size: int | Literal["auto"] = "auto"
-    tensor_parallel_size: int = Field(1, gt=0)
-    head_parallel_size: int = Field(1, gt=0)
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    head_parallel_size: int = Field(default=1, gt=0)
     planner: Literal["static", "least_loaded", "relayout"] = "static"
     placement: Literal["fixed", "swap"] = "fixed"
     transport: Literal["flat", "groupwise", "hierarchical_dedup"] = "flat"
     residency: Literal["owned", "borrowed", "fully_sharded"] = "owned"
     data_sharding: Literal["none", "full"] = "none"
     data_assignment: Literal["round_robin", "by_domain", "by_affinity"] = "round_robin"
-    max_rows_per_rank: int | None = Field(None, gt=0)
+    max_rows_per_rank: int | None = Field(default=None, gt=0)
 
 
 class LevelConfig(Section):
     """One level of a cluster: `size` ranks share one unit of it; alpha in s, beta in s per byte, per rank."""
 
     name: str
-    size: int | None = Field(None, gt=0)
-    alpha: float = Field(0.0, ge=0)
-    beta: float = Field(0.0, ge=0)
+    size: int | None = Field(default=None, gt=0)
+    alpha: float = Field(default=0.0, ge=0)
+    beta: float = Field(default=0.0, ge=0)
 
 
 class ClusterConfig(Section):
@@ -120,33 +118,33 @@ class ClusterConfig(Section):
 
     name: str = "one_host"
     levels: tuple[LevelConfig, ...] = (LevelConfig(name="host"),)
-    device_memory_bytes: int | None = Field(None, gt=0)
+    device_memory_bytes: int | None = Field(default=None, gt=0)
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    steps: int = Field(100, gt=0)
+    steps: int = Field(default=100, gt=0)
     seed: int = 0
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    global_batch_size: int = Field(16, gt=0)
-    micro_batch_size: int | None = Field(None, gt=0)
-    sequence_length: int = Field(256, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    min_learning_rate: float = Field(1e-4, ge=0)
-    warmup_steps: int = Field(10, ge=0)
-    weight_decay: float = Field(0.1, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float | None = 1.0
+    global_batch_size: int = Field(default=16, gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    sequence_length: int = Field(default=256, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    min_learning_rate: float = Field(default=1e-4, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     recompute: Literal["none", "experts", "layer"] = "none"
-    validate_every: int = Field(0, ge=0)
-    validation_batches: int = Field(4, gt=0)
-    save_every: int = Field(0, ge=0)
-    keep_last: int = Field(2, gt=0)
-    log_every: int = Field(1, gt=0)
-    timeout_s: float = Field(120.0, gt=0)
+    validate_every: int = Field(default=0, ge=0)
+    validation_batches: int = Field(default=4, gt=0)
+    save_every: int = Field(default=0, ge=0)
+    keep_last: int = Field(default=2, gt=0)
+    log_every: int = Field(default=1, gt=0)
+    timeout_s: float = Field(default=120.0, gt=0)
 
 
 class DataConfig(Section):
@@ -158,7 +156,7 @@ class DataConfig(Section):
     dataset: str | None = None
     dataset_split: str = "train"
     text_field: str = "text"
-    validation_fraction: float = Field(0.02, gt=0, lt=1)
+    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     document_masks: bool = True
     domain_mix: Literal["even", "proportional"] = "even"
     seed: int = 0

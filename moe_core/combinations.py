@@ -1,0 +1,186 @@
+"""What does not combine, and why. Read when a config is read; `check_ranks` when the number of ranks is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .config import Config
+from .mesh import Mesh
+
+
+class ConfigError(ValueError):
+    """A config that can't be used: one sentence that says what to change."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Two options that exclude each other. refuses(config) is True where they meet."""
+
+    first: str
+    second: str
+    why: str
+    refuses: Callable[[Config], bool]
+
+    def sentence(self, config: Config) -> str:
+        return f"{_told(config, self.first)} and {_told(config, self.second)} do not combine: {self.why}"
+
+
+def _zero_router_gradient(config: Config) -> bool:
+    moe = config.moe
+    normalised = moe.norm_topk_prob or (moe.score_function == "softmax" and moe.softmax_order == "after_topk")
+    return moe.router == "topk" and moe.top_k == 1 and normalised and moe.num_experts > 1
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "parallel.planner",
+        "parallel.residency",
+        "a static plan sends rows to owners only, so nothing is borrowed; choose residency owned or fully_sharded",
+        lambda c: c.parallel.planner == "static" and c.parallel.residency == "borrowed",
+    ),
+    Rule(
+        "parallel.planner",
+        "parallel.residency",
+        "this planner sends rows to ranks that do not own the expert; choose residency borrowed or fully_sharded",
+        lambda c: c.parallel.planner in ("least_loaded", "relayout") and c.parallel.residency == "owned",
+    ),
+    Rule(
+        "parallel.placement",
+        "parallel.residency",
+        "sharded experts have no owner that could be swapped; choose placement fixed, or residency owned or borrowed",
+        lambda c: c.parallel.placement == "swap" and c.parallel.residency == "fully_sharded",
+    ),
+    Rule(
+        "parallel.transport",
+        "parallel.tensor_parallel_size",
+        "rows are cut over a tensor-parallel group; set tensor_parallel_size > 1 or transport flat",
+        lambda c: c.parallel.transport == "groupwise" and c.parallel.tensor_parallel_size == 1,
+    ),
+    Rule(
+        "parallel.head_parallel_size",
+        "moe.num_heads",
+        "there is only one head to share; set moe.num_heads > 1 or head_parallel_size 1",
+        lambda c: c.parallel.head_parallel_size > 1 and c.moe.num_heads == 1,
+    ),
+    Rule(
+        "parallel.head_parallel_size",
+        "moe.num_heads",
+        "every rank gets the same number of heads; choose a head_parallel_size that divides num_heads",
+        lambda c: c.moe.num_heads % c.parallel.head_parallel_size != 0,
+    ),
+    Rule(
+        "moe.num_heads",
+        "moe.head_dim",
+        "sub-tokens need a width; set moe.head_dim",
+        lambda c: c.moe.num_heads > 1 and c.moe.head_dim is None,
+    ),
+    Rule(
+        "moe.num_heads",
+        "moe.top_k",
+        "weights are normalised over the chosen, so with one the router gets no gradient; choose top_k > 1",
+        lambda c: c.moe.num_heads > 1 and c.moe.top_k == 1 and c.moe.num_experts > 1,
+    ),
+    Rule(
+        "moe.top_k",
+        "moe.norm_topk_prob",
+        "a single weight that is normalised is always 1 and the router gets no gradient; "
+        "set moe.norm_topk_prob=false with softmax_order before_topk, or top_k > 1",
+        _zero_router_gradient,
+    ),
+    Rule(
+        "moe.num_experts",
+        "moe.num_groups",
+        "groups have equal size; choose a num_groups that divides num_experts",
+        lambda c: c.moe.num_experts % c.moe.num_groups != 0,
+    ),
+    Rule(
+        "moe.group_top_k",
+        "moe.num_groups",
+        "a token can't use more groups than there are; choose group_top_k <= num_groups",
+        lambda c: c.moe.group_top_k > c.moe.num_groups,
+    ),
+    Rule(
+        "moe.top_k",
+        "moe.group_top_k",
+        "the groups that a token may use hold fewer experts than it chooses; raise group_top_k or lower top_k",
+        lambda c: c.moe.num_groups > 1 and c.moe.top_k > c.moe.group_top_k * c.moe.num_experts // c.moe.num_groups,
+    ),
+    Rule(
+        "moe.shared_expert_gate",
+        "moe.num_shared_experts",
+        "there is no shared expert to gate; set num_shared_experts or shared_expert_gate false",
+        lambda c: c.moe.shared_expert_gate and c.moe.num_shared_experts == 0,
+    ),
+    Rule(
+        "model.num_dense_layers",
+        "model.num_layers",
+        "more dense layers than layers; lower num_dense_layers",
+        lambda c: c.model.num_dense_layers > c.model.num_layers,
+    ),
+    Rule(
+        "train.min_learning_rate",
+        "train.learning_rate",
+        "the schedule falls from learning_rate to min_learning_rate; choose min_learning_rate <= learning_rate",
+        lambda c: c.train.min_learning_rate > c.train.learning_rate,
+    ),
+    Rule(
+        "data.source",
+        "data.paths",
+        "this source reads files; name them in data.paths",
+        lambda c: c.data.source in ("text", "memmap") and not c.data.paths,
+    ),
+    Rule(
+        "data.source",
+        "data.dataset",
+        "this source reads a data set; name it in data.dataset",
+        lambda c: c.data.source == "hf" and c.data.dataset is None,
+    ),
+)
+"""The table. An entry names the two options by their place in the config and says why and what to do."""
+
+
+def check_combinations(config: Config) -> None:
+    """ConfigError, with the first rule that refuses this config."""
+    for rule in RULES:
+        if rule.refuses(config):
+            raise ConfigError(rule.sentence(config))
+
+
+def mesh_of(config: Config, ranks: int) -> Mesh:
+    """The mesh that a config makes of so many ranks. ConfigError where the sizes do not fit."""
+    p = config.parallel
+    inner = p.head_parallel_size * p.tensor_parallel_size
+    expert = max(1, ranks // inner) if p.expert_parallel_size == "auto" else p.expert_parallel_size
+    try:
+        return Mesh.over(ranks, expert=expert, head=p.head_parallel_size, tensor=p.tensor_parallel_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_ranks(config: Config, ranks: int) -> Mesh:
+    """The mesh, after checking that every rank with tokens of its own gets a sequence. ConfigError otherwise."""
+    mesh = mesh_of(config, ranks)
+    sequences = config.train.global_batch_size
+    if mesh.token_ranks > sequences:
+        raise ConfigError(
+            f"{mesh.token_ranks} ranks are more than train.global_batch_size={sequences} sequences; "
+            f"use at most {sequences} ranks or a larger global batch"
+        )
+    return mesh
+
+
+def check_trainable(config: Config) -> None:
+    """ConfigError for a config that describes the shape of a layer only."""
+    if config.model.layer_shape_only:
+        raise ConfigError(
+            f"{config.name} is the shape of a layer, not a model that twinmoe can train (its other parts differ); "
+            "use it with --dry-run and bench, or set model.layer_shape_only=false"
+        )
+
+
+def _told(config: Config, field: str) -> str:
+    value = config
+    for part in field.split("."):
+        value = getattr(value, part)
+    return f"{field}={value if value is not None else 'null'}"
