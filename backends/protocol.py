@@ -73,7 +73,7 @@ class Ops(Protocol):
     def relu(self, x: Array) -> Array: ...
 
     def where(self, condition: Array, a: Array, b: Array) -> Array:
-        """Elements of a where the boolean condition holds, else of b (broadcast; b a number or an Array)."""
+        """Elements of a where the boolean condition holds, else of b (broadcast; a or b may be a number)."""
         ...
 
     def softmax(self, x: Array) -> Array:
@@ -109,7 +109,7 @@ class Ops(Protocol):
         ...
 
     def take_rows(self, x: Array, index_N: Array) -> Array:
-        """Rows x[index] (N, ...); index -1 gives a zero row. The gradient is `sum_rows`."""
+        """Rows x[index] (N, ...); index -1 gives a zero row. The gradient is `sum_rows`. x may be 1-D, or integers."""
         ...
 
     def sum_rows(self, rows_ND: Array, index_N: Array, num_rows: int) -> Array:
@@ -257,12 +257,27 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Where a stored value belongs: elements start..stop along `axis` (None: of the flattened tensor) of `name`.
+
+    `shape` is that of the whole logical tensor, `name` its name in checkpoints, whatever the layout.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int = 0
+    stop: int | None = None
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One tensor that a rank stores: what a trainer needs to know about it.
 
     reduce_over: name of the group over which its gradient is summed; norm_over: name of the group whose
     ranks hold disjoint parts (None = every rank holds the same), so that a norm counts each part once.
     master: handed to forward in its stored precision instead of the computation's (router, norms).
+    pieces: what each row of axis 0 is (one logical expert a row); empty: the whole is one logical tensor, `name`.
     """
 
     name: str
@@ -272,6 +287,7 @@ class Parameter:
     norm_over: str | None = None
     weight_decay: bool = True
     master: bool = False
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -318,6 +334,10 @@ class Trainer(Protocol):
 
     def accumulate(self, state: State, loss_fn: Callable[[], tuple[Array, Any]]) -> tuple[Array, Any]:
         """Run loss_fn (which calls state.modules), add its gradients to the state's; returns (loss, aux)."""
+        ...
+
+    def evaluate(self, state: State, fn: Callable[[], Any]) -> Any:
+        """fn() without gradients."""
         ...
 
     def reduce_gradients(self, state: State) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.protocol import Array, Component, Ops
+from ..backends.protocol import Array, Component, Ops, Parameter
 from .build import LayerParts, LayerSpec, Runtime, build_layer
 from .config import Config
 from .data import GlobalBatch
@@ -55,6 +55,11 @@ class Model:
     components: tuple[Component, ...]
     moe_layers: tuple[int, ...]
     coefficients: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """All parameters of this rank by name."""
+        return {p.name: p for component in self.components for p in component.parameters}
 
     def loss(
         self, modules: Mapping[str, Callable[..., Any]], batch: GlobalBatch, step: int = 0, training: bool = True

@@ -113,6 +113,10 @@ class TorchTrainer:
         loss.backward()
         return loss.detach(), aux
 
+    @torch.no_grad()
+    def evaluate(self, state: TorchState, fn: Callable[[], Any]) -> Any:
+        return fn()
+
     def reduce_gradients(self, state: TorchState) -> None:
         by_group: dict[str, list[Tensor]] = defaultdict(list)
         for name, value in state.values.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...backends.protocol import Array, Ops, Parameter
+from ...backends.protocol import Array, Ops, Parameter, Piece
 from ..config import MoeConfig
 from ..parameters import draw_experts
 from ..plan import Plan
@@ -28,6 +28,7 @@ class Owned:
                 initial=draw_experts(self._seed, prefix + name, self._experts.tolist(), shape, std),
                 reduce_over="expert_data",
                 norm_over="expert",
+                pieces=tuple(Piece(expert_name(prefix, int(e), name), shape) for e in self._experts),
             )
             for name, shape, std in expert_shapes(self._moe, self._width, self._std, std_down)
         )
@@ -38,6 +39,11 @@ class Owned:
         if counts.shape[0] > len(self._experts):  # a rank with fewer experts than others has an empty last slot
             counts = self._ops.split(counts, [len(self._experts), counts.shape[0] - len(self._experts)])[0]
         return self._ops.expert_mlp(rows_ND, params["w_up"], params["w_down"], counts, self._moe.activation)
+
+
+def expert_name(prefix: str, expert: int, name: str) -> str:
+    """Name of one logical expert's tensor in checkpoints."""
+    return f"{prefix}experts.{expert}.{name}"
 
 
 def expert_shapes(

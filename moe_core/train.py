@@ -1,0 +1,304 @@
+"""The training loop: batch, forward and backward, reduce, clip, step, record. The same lines on every backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backends.protocol import Communicator, Launch, State, TrainOptions
+from ..backends.registry import Backend
+from .bigram import bigram_loss
+from .build import Runtime, make_runtime
+from .checkpoint import Checkpoint, CheckpointError, find, prune, publish, write_shard
+from .config import Config
+from .data import Data, open_data
+from .mesh import Mesh
+from .metrics import MetricsWriter
+from .model import Model, build_model
+from .observe import StepSummary, StepTotals, gather_totals, load_record
+
+SCALARS = ("cross_entropy", "loss/load_balance", "loss/z", "loss/locality", "rows/sent", "rows/computed", "rows/local")
+
+
+def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume: str | None = None) -> dict[str, Any]:
+    """Train `config` as one rank of the job; returns the summary (the same on every rank)."""
+    comm = backend.comm.connect(launch)
+    try:
+        session = Session.open(config, backend, comm, run_dir)
+        session.restore(find(run_dir, resume))
+        return session.train()
+    finally:
+        comm.close()
+
+
+def mesh_for(config: Config, world_size: int) -> Mesh:
+    """The mesh of `parallel`; 'auto' expert parallelism takes the most ranks that experts and world allow."""
+    parallel = config.parallel
+    expert = parallel.expert_parallel_size
+    if expert == "auto":
+        free = world_size // (parallel.tensor_parallel_size * parallel.head_parallel_size) or 1
+        expert = max(n for n in range(1, free + 1) if free % n == 0 and n <= config.moe.num_experts)
+    return Mesh.over(world_size, int(expert), parallel.head_parallel_size, parallel.tensor_parallel_size)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then a cosine from learning_rate to min_learning_rate at the last step."""
+    train = config.train
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    floor = min(train.min_learning_rate, train.learning_rate)
+    return floor + 0.5 * (train.learning_rate - floor) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def model_hash(config: Config) -> str:
+    """Of what changes the function: model and moe (not how it runs)."""
+    text = json.dumps({"model": config.model.model_dump(), "moe": config.moe.model_dump()}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Phases:
+    """Wall-clock seconds by name."""
+
+    trainer: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.trainer.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Session:
+    """Everything one rank holds while training."""
+
+    config: Config
+    backend: Backend
+    comm: Communicator
+    runtime: Runtime
+    model: Model
+    state: State
+    data: Data
+    run_dir: Path
+    base_memory: int
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    stop_requested: bool = False
+
+    @classmethod
+    def open(cls, config: Config, backend: Backend, comm: Communicator, run_dir: Path) -> Session:
+        """Data, mesh, model and optimizer of this rank."""
+        data = open_data(config.data, config.train)
+        runtime = make_runtime(backend.ops, comm, mesh_for(config, comm.size))
+        data.batch(0).for_rank(0, runtime.mesh.token_ranks)
+        model = build_model(config, runtime)
+        train = config.train
+        options = TrainOptions(
+            dtype=train.dtype,
+            beta1=train.adam_beta1,
+            beta2=train.adam_beta2,
+            eps=train.adam_eps,
+            weight_decay=train.weight_decay,
+            data_sharding=config.parallel.data_sharding,
+        )
+        state = backend.trainer.build(model.components, options, runtime.groups, comm)
+        base = backend.trainer.peak_memory(reset=True)
+        return cls(config, backend, comm, runtime, model, state, data, run_dir, base)
+
+    # --- the loop ----------------------------------------------------------------------------
+    def train(self) -> dict[str, Any]:
+        """Steps until train.steps, a save request or SIGTERM (which saves and ends in order)."""
+        train = self.config.train
+        previous = signal.signal(signal.SIGTERM, self._on_terminate) if _in_main_thread() else None
+        writer = MetricsWriter(self.run_dir) if self.comm.rank == 0 else None
+        started, tokens = time.perf_counter(), 0
+        try:
+            while self.step < train.steps and not self.stop_requested:
+                record = self.train_step()
+                tokens += int(record["tokens"])
+                if train.validate_every and self.step % train.validate_every == 0 and self.step < train.steps:
+                    record["validation_loss"] = self.validation_loss()
+                if writer is not None and (self.step % train.log_every == 0 or self.step == train.steps):
+                    writer.write(self.step, record)
+                if self.stop_requested or (train.save_every and self.step % train.save_every == 0):
+                    self.save()
+            seconds = time.perf_counter() - started
+            return self._summary(tokens / max(seconds, 1e-9))
+        finally:
+            if writer is not None:
+                writer.close()
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; returns its record."""
+        config, trainer = self.config, self.backend.trainer
+        start, phases = time.perf_counter(), Phases(self.backend.trainer)
+        with phases("data"):
+            batch = self.data.batch(self.step)
+            mine = batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks)
+        totals = StepTotals()
+        with phases("forward_backward"):
+            for micro in mine.micro_batches(config.train.micro_batch_size):
+                _, output = trainer.accumulate(self.state, lambda m=micro: self.model.loss(self.state.modules, m, self.step))
+                totals.add(self.backend.ops, output, self.runtime.groups["expert"].index)
+        with phases("reduce"):
+            trainer.reduce_gradients(self.state)
+            norm = trainer.clip_gradients(self.state, config.train.max_grad_norm)
+        rate = learning_rate(config, self.step)
+        with phases("optimizer"):
+            trainer.step(self.state, rate)
+        summary = self._gather(totals)
+        self.stop_requested = summary.flags > 0
+        self.step += 1
+        return self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
+
+    def _gather(self, totals: StepTotals) -> StepSummary:
+        shape = (len(self.model.moe_layers), self.config.moe.num_experts)
+        names = (*SCALARS, *sorted(k for k in totals.scalars if k.startswith("bytes/")))
+        return gather_totals(totals, self.comm, self.runtime.groups["world"], shape, names, self.stop_requested)
+
+    def _record(
+        self, summary: StepSummary, norm: float, rate: float, tokens: int, seconds: float, phases: dict[str, float]
+    ) -> dict[str, Any]:
+        scale = 1.0 / self.config.parallel.tensor_parallel_size  # tensor ranks hold the same tokens
+        loss = summary.scalars["cross_entropy"] * scale
+        auxiliary = {n[5:]: v * scale for n, v in summary.scalars.items() if n.startswith("loss/")}
+        self.losses.append(loss)
+        weighted = sum(self.model.coefficients.get(n, 0.0) * v for n, v in auxiliary.items())
+        return {
+            "step": self.step,
+            "loss": loss,
+            "objective": loss + weighted,
+            "auxiliary": auxiliary,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "phases": phases,
+            "peak_memory_bytes": self._peak_memory(),
+            **load_record(summary),
+        }
+
+    def validation_loss(self) -> float:
+        """Cross-entropy per token over the validation batches, forward only."""
+        ops, total, weight = self.backend.ops, 0.0, 0
+        for index in range(self._validation_batches):
+            batch = self.data.validation_batch(index)
+            for micro in batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks).micro_batches(
+                self.config.train.micro_batch_size
+            ):
+                output = self.backend.trainer.evaluate(
+                    self.state, lambda m=micro: self.model.loss(self.state.modules, m, self.step, training=False)[1]
+                )
+                total += float(ops.to_numpy(output.cross_entropy)) * batch.total_targets
+            weight += batch.total_targets
+        everyone = self.comm.gather_to_host(np.array([total]), self.runtime.groups["world"]).sum()
+        return float(everyone) / max(1, weight) / self.config.parallel.tensor_parallel_size
+
+    def _summary(self, tokens_per_second: float) -> dict[str, Any]:
+        validation = self.validation_loss()
+        batches = [self.data.validation_batch(i) for i in range(self._validation_batches)]
+        bigram = bigram_loss(self.data, batches) if self.comm.rank == 0 else float("nan")
+        return {
+            "steps": self.step,
+            "losses": self.losses,
+            "loss_first": self.losses[0] if self.losses else None,
+            "loss_last": self.losses[-1] if self.losses else None,
+            "validation_loss": validation,
+            "bigram_loss": bigram,
+            "tokens_per_second": tokens_per_second,
+            "world_size": self.comm.size,
+            "backend": self.backend.name,
+            "scheme": self.config.parallel.scheme,
+            "peak_memory_bytes": self._peak_memory(),
+            "data_hash": self.data.hash,
+            "model_hash": model_hash(self.config),
+            "run_dir": str(self.run_dir),
+            "stopped_early": self.step < self.config.train.steps,
+        }
+
+    # --- checkpoints -------------------------------------------------------------------------
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step (all ranks call it); older ones are pruned."""
+        final = self.checkpoints / f"step_{self.step:08d}"
+        temporary = final.with_name(final.name + ".tmp")
+        if self.comm.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.comm.barrier()
+        tensors = self.backend.trainer.tensors(self.state)
+        write_shard(temporary, self.comm.rank, self.model.parameters, self.runtime.groups, tensors)
+        self.comm.barrier()
+        if self.comm.rank == 0:
+            publish(temporary, final, self.comm.size, self._manifest())
+            prune(self.checkpoints, self.config.train.keep_last)
+        self.comm.barrier()
+        return final
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "config": self.config.model_dump(mode="json"),
+            "data_hash": self.data.hash,
+            "model_hash": model_hash(self.config),
+            "backend": self.backend.name,
+            "world_size": self.comm.size,
+            "losses": self.losses,
+        }
+
+    def restore(self, folder: Path | None) -> None:
+        """Take up a checkpoint: parameters, optimizer, position in the data. CheckpointError if it does not fit."""
+        if folder is None:
+            return
+        checkpoint = Checkpoint(folder)
+        for name, mine in (("data_hash", self.data.hash), ("model_hash", model_hash(self.config))):
+            if checkpoint.manifest[name] != mine:
+                raise CheckpointError(
+                    f"{folder} was saved with {name} {checkpoint.manifest[name]}, this run has {mine}; resume with "
+                    "the same data and model"
+                )
+        self.backend.trainer.load_tensors(self.state, checkpoint.values(self.model.parameters), checkpoint.step)
+        self.step = checkpoint.step
+        self.losses = list(checkpoint.manifest["losses"])
+
+    # --- small things ------------------------------------------------------------------------
+    @property
+    def _token_rank(self) -> int:
+        return self.comm.rank // self.runtime.mesh.tensor
+
+    @property
+    def _validation_batches(self) -> int:
+        return min(self.config.train.validation_batches, self.data.validation_batches)
+
+    def _peak_memory(self) -> int:
+        return max(0, self.backend.trainer.peak_memory() - self.base_memory)
+
+    def _on_terminate(self, *_: object) -> None:
+        self.stop_requested = True
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
