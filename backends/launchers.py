@@ -77,6 +77,8 @@ def _torchrun(environ: Environ) -> Launch:
         local_size=_number(environ, "LOCAL_WORLD_SIZE", size),
         address=environ.get("MASTER_ADDR", "127.0.0.1"),
         port=_number(environ, "MASTER_PORT", 29500),
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .config import Config
 from .mesh import Mesh
+from .routing import router_names
 
 
 class ConfigError(ValueError):
@@ -89,6 +90,12 @@ RULES: tuple[Rule, ...] = (
         _zero_router_gradient,
     ),
     Rule(
+        "moe.router",
+        "moe.top_k",
+        "Switch sends a token to one expert; set moe.top_k=1 or moe.router=topk",
+        lambda c: c.moe.router == "switch" and c.moe.top_k != 1,
+    ),
+    Rule(
         "moe.num_experts",
         "moe.num_groups",
         "groups have equal size; choose a num_groups that divides num_experts",
@@ -141,7 +148,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def check_combinations(config: Config) -> None:
-    """ConfigError, with the first rule that refuses this config."""
+    """ConfigError: the router is unknown, or the first rule that refuses this config."""
+    if config.moe.router not in router_names():
+        raise ConfigError(f"moe.router={config.moe.router} is unknown; choose one of {', '.join(router_names())}")
     for rule in RULES:
         if rule.refuses(config):
             raise ConfigError(rule.sentence(config))
@@ -159,13 +168,28 @@ def mesh_of(config: Config, ranks: int) -> Mesh:
 
 
 def check_ranks(config: Config, ranks: int) -> Mesh:
-    """The mesh, after checking that every rank with tokens of its own gets a sequence. ConfigError otherwise."""
+    """The mesh of so many ranks, each with tokens of its own getting equally many sequences. ConfigError otherwise."""
     mesh = mesh_of(config, ranks)
-    sequences = config.train.global_batch_size
+    sequences, micro = config.train.global_batch_size, config.train.micro_batch_size
     if mesh.token_ranks > sequences:
         raise ConfigError(
             f"{mesh.token_ranks} ranks are more than train.global_batch_size={sequences} sequences; "
             f"use at most {sequences} ranks or a larger global batch"
+        )
+    if sequences % mesh.token_ranks:
+        raise ConfigError(
+            f"train.global_batch_size={sequences} can't be shared equally by {mesh.token_ranks} ranks; "
+            f"choose a multiple of {mesh.token_ranks}, or other ranks"
+        )
+    if micro is not None and (sequences // mesh.token_ranks) % micro:
+        raise ConfigError(
+            f"train.micro_batch_size={micro} does not divide the {sequences // mesh.token_ranks} sequences of a rank; "
+            "choose a divisor"
+        )
+    if mesh.expert > config.moe.num_experts:
+        raise ConfigError(
+            f"{mesh.expert} ranks would share moe.num_experts={config.moe.num_experts} experts; "
+            f"set parallel.expert_parallel_size to at most {config.moe.num_experts}"
         )
     return mesh
 

@@ -9,7 +9,7 @@ from ..config import MoeConfig
 from .base import Memo, Router, Routing, Tokens
 from .topk import TopKRouter
 
-__all__ = ["Memo", "Router", "Routing", "Tokens", "make_router", "register_router"]
+__all__ = ["Memo", "Router", "Routing", "Tokens", "make_router", "register_router", "router_names"]
 
 RouterFactory = Callable[[Ops, MoeConfig, int, int, float], Router]
 
@@ -29,8 +29,13 @@ def register_router(name: str, factory: RouterFactory) -> None:
     _ROUTERS[name] = factory
 
 
+def router_names() -> list[str]:
+    """Values that `moe.router` may have now."""
+    return sorted(_ROUTERS)
+
+
 def make_router(ops: Ops, moe: MoeConfig, width: int, seed: int, std: float) -> Router:
     """The router `moe.router` for tokens of `width`. ValueError for an unknown name."""
     if moe.router not in _ROUTERS:
-        raise ValueError(f"moe.router={moe.router!r} is unknown; choose one of {', '.join(sorted(_ROUTERS))}")
+        raise ValueError(f"moe.router={moe.router!r} is unknown; choose one of {', '.join(router_names())}")
     return _ROUTERS[moe.router](ops, moe, width, seed, std)

@@ -1,0 +1,168 @@
+"""How large a config is: parameters, memory per rank, bytes per step. Nothing is allocated.
+
+The counts are those of the components that a training run would build; their first values are never drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from ..backends.protocol import Group, Parameter
+from ..backends.registry import load
+from .build import GROUPS, Runtime
+from .combinations import mesh_of
+from .config import Config
+from .mesh import Mesh
+from .model import build_model
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that rank 0 holds. activations is an estimate: what backward keeps of one micro-batch."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one optimizer step, with even routing and ring reductions."""
+
+    dispatch_and_combine: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.dispatch_and_combine + self.gradients
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The answer to `--dry-run`."""
+
+    ranks: int
+    mesh: Mesh
+    parameters_total: int
+    parameters_active: int
+    memory_per_rank: Memory
+    bytes_per_step: Traffic
+
+    def as_dict(self) -> dict[str, Any]:
+        known = asdict(self)
+        known["memory_per_rank"]["total"] = self.memory_per_rank.total
+        known["bytes_per_step"]["total"] = self.bytes_per_step.total
+        return known
+
+
+def shapes(config: Config, ranks: int = 1) -> Shapes:
+    """Sizes of `config` on so many ranks. ConfigError where they do not form its mesh."""
+    mesh = mesh_of(config, ranks)
+    whole = list(declared(config, Mesh()))
+    return Shapes(
+        ranks=ranks,
+        mesh=mesh,
+        parameters_total=sum(_size(p) for p in whole),
+        parameters_active=round(sum(_size(p) * _active_share(config, p) for p in whole)),
+        memory_per_rank=_memory(config, mesh),
+        bytes_per_step=_traffic(config, mesh),
+    )
+
+
+def declared(config: Config, mesh: Mesh) -> Iterator[Parameter]:
+    """The parameters that rank 0 of a mesh would store."""
+    groups = {name: _group(mesh, name, axes) for name, axes in GROUPS.items()}
+    backend = load("reference")
+    runtime = Runtime(backend.ops, _no_communicator(), mesh, groups)
+    for component in build_model(config, runtime).components:
+        yield from component.parameters
+
+
+def moe_layers(config: Config) -> int:
+    return config.model.num_layers - config.model.num_dense_layers
+
+
+def _memory(config: Config, mesh: Mesh) -> Memory:
+    width = max(4, _BYTES[config.train.dtype])
+    computed = _BYTES[config.train.dtype]
+    sharded = mesh.size if config.parallel.data_sharding == "full" else 1
+    stored = sum(_size(p) // (1 if _is_expert(p) else sharded) for p in declared(config, mesh))
+    copies = stored * computed if computed < width else 0
+    return Memory(
+        parameters=stored * width + copies,
+        gradients=stored * width,
+        optimizer=2 * stored * width,
+        activations=_activations(config, mesh),
+    )
+
+
+def _activations(config: Config, mesh: Mesh) -> int:
+    """Tensors that backward reads: per layer the inputs of each product, of each norm and activation; and logits."""
+    model, moe = config.model, config.moe
+    tokens = _tokens_per_micro_batch(config, mesh)
+    head = model.attention_head_dim or model.hidden_size // model.num_attention_heads
+    heads = model.num_attention_heads + 2 * (model.num_key_value_heads or model.num_attention_heads)
+    attention = 3 * model.hidden_size + 2 * head * heads
+    gates = 2 if moe.activation == "swiglu" else 1
+    experts = moe.top_k * (2 * model.hidden_size + (gates + 1) * moe.expert_hidden_size)
+    dense = (gates + 1) * (model.dense_hidden_size or moe.expert_hidden_size * moe.top_k)
+    if config.train.recompute == "layer":
+        per_token = model.num_layers * model.hidden_size + attention + experts
+    elif config.train.recompute == "experts":
+        per_token = model.num_layers * attention + moe_layers(config) * moe.top_k * 2 * model.hidden_size
+        per_token += model.num_dense_layers * dense
+    else:
+        per_token = model.num_layers * attention + moe_layers(config) * experts + model.num_dense_layers * dense
+    logits = 2 * model.vocab_size * max(4, _BYTES[config.train.dtype])
+    return tokens * (per_token * _BYTES[config.train.dtype] + logits)
+
+
+def _traffic(config: Config, mesh: Mesh) -> Traffic:
+    """Rows go out and back in forward, and their gradients in backward; recomputing a layer sends them again."""
+    tokens = config.train.global_batch_size // mesh.token_ranks * config.train.sequence_length
+    away = (mesh.expert - 1) / mesh.expert
+    exchanges = 6 if config.train.recompute == "layer" else 4
+    row = config.model.hidden_size * _BYTES[config.train.dtype]
+    rows = moe_layers(config) * tokens * config.moe.top_k * exchanges
+    reduced = 0.0
+    for parameter in declared(config, mesh):
+        ranks = prod(getattr(mesh, axis) for axis in GROUPS[parameter.reduce_over])
+        reduced += 2 * (ranks - 1) / ranks * _size(parameter) * max(4, _BYTES[config.train.dtype])
+    return Traffic(round(rows * row * away), round(reduced))
+
+
+def _tokens_per_micro_batch(config: Config, mesh: Mesh) -> int:
+    share = max(1, config.train.global_batch_size // mesh.token_ranks)
+    return (config.train.micro_batch_size or share) * config.train.sequence_length
+
+
+def _active_share(config: Config, parameter: Parameter) -> float:
+    return config.moe.top_k / config.moe.num_experts if _is_expert(parameter) else 1.0
+
+
+def _is_expert(parameter: Parameter) -> bool:
+    return bool(parameter.pieces)
+
+
+def _size(parameter: Parameter) -> int:
+    return prod(parameter.shape)
+
+
+def _group(mesh: Mesh, name: str, axes: tuple[str, ...]) -> Group:
+    ranks = next(group for group in mesh.partition(*axes) if 0 in group)
+    return Group(name, tuple(ranks), ranks.index(0))
+
+
+def _no_communicator() -> Any:
+    """Declaring parameters talks to nobody."""
+    return None
