@@ -51,7 +51,7 @@ def export(data: Data, directory: str | Path) -> Path:
     return header
 
 
-def read_memmap(config: DataConfig) -> Corpus:
+def read_memmap(config: DataConfig, trusted_size: int = TRUSTED_SIZE) -> Corpus:
     """Map the exported folder that `data.paths` names. ValueError when files are missing, cut short or changed."""
     if len(config.paths) != 1:
         raise ValueError("data.source=memmap needs data.paths with one exported folder; run: twinmoe data export")
@@ -64,7 +64,9 @@ def read_memmap(config: DataConfig) -> Corpus:
         if about.get("format") != FORMAT:
             raise ValueError(f"{header} says format {about.get('format')!r}, not {FORMAT!r}; export the data again")
         domains = [_map_domain(folder, entry) for entry in about["domains"]]
-        return Corpus(tuple(domains), int(about["boundary"]), int(about["vocab_size"]), _digests(about, domains))
+        return Corpus(
+            tuple(domains), int(about["boundary"]), int(about["vocab_size"]), _digests(about, domains, trusted_size)
+        )
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{header} is not a complete header ({error!r}); export the data again") from error
 
@@ -81,11 +83,11 @@ def _map_domain(folder: Path, entry: dict[str, Any]) -> Domain:
     return Domain(entry["name"], tokens, starts)
 
 
-def _digests(about: dict[str, Any], domains: list[Domain]) -> tuple[str, ...]:
+def _digests(about: dict[str, Any], domains: list[Domain], trusted_size: int) -> tuple[str, ...]:
     digests = []
     for entry, domain in zip(about["domains"], domains, strict=True):
         said = entry.get("digest")
-        if said is None or domain.tokens.nbytes <= TRUSTED_SIZE:
+        if said is None or domain.tokens.nbytes <= trusted_size:
             found = domain.digest()
             if said not in (None, found):
                 raise ValueError(f"the tokens of {domain.name!r} changed since they were exported; export them again")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twinmoe.moe_core.config import DataConfig, TrainConfig
 from twinmoe.moe_core.data import Data, GlobalBatch, open_data
-from twinmoe.moe_core.data_memmap import export
+from twinmoe.moe_core.data_memmap import export, read_memmap
 from twinmoe.moe_core.data_packing import Domain, scrambled
 from twinmoe.moe_core.data_sources import Corpus
 
@@ -252,6 +252,21 @@ def test_damaged_or_foreign_exports_are_refused(tmp_path: Path) -> None:
             open_data(DataConfig(source="memmap", paths=paths), train_config())
     with pytest.raises(ValueError, match="twinmoe data export"):
         open_data(DataConfig(source="memmap", paths=(str(tmp_path),)), train_config())
+
+
+def test_a_header_without_digest_is_read_through_and_a_large_file_is_believed(tmp_path: Path) -> None:
+    data = made([numbered(5, 40)])
+    header = export(data, tmp_path / "tokens")
+    config = DataConfig(source="memmap", paths=(str(tmp_path / "tokens"),))
+    about = json.loads(header.read_text())
+    del about["domains"][0]["digest"]
+    header.write_text(json.dumps(about))
+    assert open_data(config, train_config()).hash == data.hash
+    about["domains"][0]["digest"] = "believed"
+    header.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="changed since"):
+        read_memmap(config)
+    assert read_memmap(config, trusted_size=0).digests == ("believed",)
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
