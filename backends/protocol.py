@@ -312,6 +312,36 @@ class TrainOptions:
     optimizer: Literal["adamw", "sgd"] = "adamw"
 
 
+class LayerModule(Protocol):
+    """A component inside somebody else's model, whose loss on each rank is a mean over its own tokens and whose
+    replicated gradients are averaged over ranks (DDP, FSDP2). `model` is the module around it."""
+
+    def __call__(self, *inputs: Any) -> Any: ...
+
+    def expert_parameters(self) -> list[Any]:
+        """Parameters that differ between ranks: keep them out of DDP and FSDP."""
+        ...
+
+    def sync_gradients(self, gradients: Any = None) -> Any:
+        """Make the expert gradients those of the mean over ranks: sum over replicas, divide by the ranks.
+
+        In place after backward (torch); MindSpore passes and gets the tuple of `expert_parameters` gradients.
+        """
+        ...
+
+    def clip_grad_norm(self, model: Any, max_norm: float, gradients: Any = None) -> Any:
+        """Clip the gradients of `model`, which holds this and other layers; every parameter counts once. -> norm."""
+        ...
+
+    def exclude_experts(self, model: Any) -> None:
+        """Before a data-parallel wrapper takes `model`: mark the expert parameters as not its business."""
+        ...
+
+    def layer_state_dict(self) -> dict[str, np.ndarray]:
+        """This rank's parameters by logical name (experts by their id)."""
+        ...
+
+
 class State(Protocol):
     """A model in training: parameters, gradients, optimizer state. Fields belong to the backend."""
 
@@ -328,7 +358,7 @@ class Trainer(Protocol):
         """Make the framework's modules, draw the parameters, prepare the optimizer."""
         ...
 
-    def module(self, component: Component) -> Any:
+    def module(self, component: Component, groups: Mapping[str, Group], comm: Communicator) -> LayerModule:
         """One component as the framework's module (`nn.Module`, `nn.Cell`), for other people's loops."""
         ...
 

@@ -60,7 +60,7 @@ def build(
     return state
 
 
-def module(component: Component) -> Module:
+def module(component: Component, groups: Mapping[str, Group], comm: Communicator) -> Module:
     return Module(component.forward, {p.name: variable(p.initial()) for p in component.parameters})
 
 

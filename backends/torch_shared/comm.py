@@ -14,6 +14,11 @@ from torch import Tensor
 from ..protocol import Group, Launch
 
 
+# torch 2.13 renames the flat collectives; the older names warn there
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any, size: int) -> Tensor:
@@ -68,13 +73,13 @@ class _AllReduce(torch.autograd.Function):
 
 def _gather(x: Tensor, group: Group) -> Tensor:
     y = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(y, x.contiguous(), group=group.handle)
+    _all_gather_single(y, x.contiguous(), group=group.handle)
     return y
 
 
 def _scatter(x: Tensor, group: Group) -> Tensor:
     y = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(y, x.contiguous(), group=group.handle)
+    _reduce_scatter_single(y, x.contiguous(), group=group.handle)
     return y
 
 
@@ -98,7 +103,8 @@ class TorchCommunicator:
         self.rank, self.size = launch.rank, launch.size
         self._device = device
         self._timeout = timedelta(seconds=launch.timeout_s)
-        if self.size > 1:
+        self._owner = self.size > 1 and not dist.is_initialized()
+        if self._owner:
             dist.init_process_group(
                 backend,
                 store=_store(launch, self._timeout),
@@ -172,6 +178,6 @@ class TorchCommunicator:
             dist.barrier()
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if self._owner and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()

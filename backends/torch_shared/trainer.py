@@ -105,8 +105,10 @@ class TorchTrainer:
         betas = (options.beta1, options.beta2)
         return torch.optim.AdamW(param_groups, lr=0.0, betas=betas, eps=options.eps, fused=fused or None)
 
-    def module(self, component: Component) -> FunctionModule:
-        return FunctionModule(component, torch.get_default_dtype(), _default_name(), self.device)
+    def module(self, component: Component, groups: Mapping[str, Group], comm: Communicator) -> FunctionModule:
+        from .interop import TorchLayerModule
+
+        return TorchLayerModule(component, groups, comm, self.device)
 
     def accumulate(self, state: TorchState, loss_fn: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
         loss, aux = loss_fn()
@@ -126,14 +128,14 @@ class TorchTrainer:
                 value.grad = torch.zeros_like(value)
             by_group[state.specs[name].reduce_over].append(value.grad)
         for group_name, grads in by_group.items():
-            _reduce_flat(grads, state.comm, state.groups[group_name])
+            reduce_flat(grads, state.comm, state.groups[group_name])
 
     def clip_gradients(self, state: TorchState, max_norm: float | None) -> float:
         squares: dict[str | None, Tensor] = {}
         for name, value in state.values.items():
             if value.grad is None:
                 continue
-            grad = _local(value.grad)
+            grad = local(value.grad)
             where = "world" if name in state.sharded else state.specs[name].norm_over
             # squares in float64: a float32 sum over millions of entries loses digits that clipping would show
             square = torch.linalg.vector_norm(grad, dtype=torch.float64 if grad.device.type == "cpu" else None) ** 2
@@ -163,16 +165,16 @@ class TorchTrainer:
 
     def gradients(self, state: TorchState) -> dict[str, np.ndarray]:
         return {
-            name: to_numpy(torch.zeros_like(_full(value)) if value.grad is None else _full(value.grad))
+            name: to_numpy(torch.zeros_like(full(value)) if value.grad is None else full(value.grad))
             for name, value in state.values.items()
         }
 
     def tensors(self, state: TorchState) -> Iterator[tuple[str, str, np.ndarray]]:
         for name, value in state.values.items():
-            yield name, "parameter", to_numpy(_full(value))
+            yield name, "parameter", to_numpy(full(value))
             for kind in _OPTIMIZER_STATE:
                 if kind in state.optimizer.state.get(value, {}):
-                    yield name, kind, to_numpy(_full(state.optimizer.state[value][kind]))
+                    yield name, kind, to_numpy(full(state.optimizer.state[value][kind]))
 
     @torch.no_grad()
     def load_tensors(self, state: TorchState, values: Iterable[tuple[str, str, np.ndarray]], step: int) -> None:
@@ -205,11 +207,7 @@ class TorchTrainer:
             getattr(torch, self.device.type).synchronize()
 
 
-def _default_name() -> Any:
-    return {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}[torch.get_default_dtype()]
-
-
-def _reduce_flat(grads: list[Tensor], comm: Communicator, group: Group) -> None:
+def reduce_flat(grads: list[Tensor], comm: Communicator, group: Group) -> None:
     """One all-reduce per dtype for a group's gradients, written back in place."""
     flat = torch.cat([g.reshape(-1) for g in grads])
     flat = comm.all_reduce(flat, group)
@@ -217,11 +215,11 @@ def _reduce_flat(grads: list[Tensor], comm: Communicator, group: Group) -> None:
         grad.copy_(part.view_as(grad))
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
     return getattr(x, "to_local", lambda: x)()
 
 
-def _full(x: Tensor) -> Tensor:
+def full(x: Tensor) -> Tensor:
     return getattr(x, "full_tensor", lambda: x)()
 
 

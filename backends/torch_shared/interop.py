@@ -1,0 +1,108 @@
+"""An MoE layer inside somebody else's torch model: what DDP and FSDP2 must not do to experts, done right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..protocol import Communicator, Component, Group, Piece
+from .ops import to_numpy
+from .trainer import FunctionModule, full, local, reduce_flat
+
+_NAMES: dict[torch.dtype, Any] = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class TorchLayerModule(FunctionModule):
+    """protocol.LayerModule: a component that knows which of its parameters belong to this rank alone."""
+
+    def __init__(
+        self, component: Component, groups: Mapping[str, Group], comm: Communicator, device: torch.device
+    ) -> None:
+        dtype = torch.get_default_dtype()
+        super().__init__(component, dtype, _NAMES[dtype], device)
+        self._specs = {p.name: p for p in component.parameters}
+        self._groups, self._comm = groups, comm
+
+    def forward(self, *inputs: Any) -> Any:
+        self._refuse_raw_ddp()
+        return super().forward(*inputs)
+
+    def _refuse_raw_ddp(self) -> None:
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is None or self._comm.size == 1:
+            return
+        mine = {id(p) for p in self.expert_parameters()}
+        ignored = ddp.parameters_to_ignore
+        for name, parameter in ddp.module.named_parameters():
+            if id(parameter) in mine and name not in ignored:
+                raise RuntimeError(
+                    f"DistributedDataParallel would average the expert parameter {name} over ranks that hold different "
+                    "experts; call twinmoe.moe_core.exclude_experts(layer, model) before wrapping the model"
+                )
+
+    def _is_expert(self, name: str) -> bool:
+        spec = self._specs[name]
+        return spec.norm_over is not None or spec.reduce_over != "world"
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        return [value for name, value in self.named().items() if self._is_expert(name)]
+
+    def sync_gradients(self, gradients: Any = None) -> None:
+        for name, value in self.named().items():
+            if not self._is_expert(name):
+                continue
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+            group = self._groups[self._specs[name].reduce_over]
+            if group.size > 1:
+                reduce_flat([value.grad], self._comm, group)
+            value.grad.div_(self._comm.size)
+
+    @torch.no_grad()
+    def clip_grad_norm(self, model: nn.Module, max_norm: float, gradients: Any = None) -> float:
+        squares = torch.zeros(3, dtype=torch.float64)  # counted as they are, summed over experts, over FSDP shards
+        placed = _expert_identities(model)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                where = 1 if id(parameter) in placed else 2 if hasattr(parameter.grad, "to_local") else 0
+                squares[where] += float(torch.linalg.vector_norm(local(parameter.grad).double()) ** 2)
+        device = next(model.parameters()).device
+        experts = self._sum(squares[1:2], self._groups["expert"], device)
+        shards = self._sum(squares[2:], self._groups["world"], device)
+        norm = math.sqrt(float(squares[0]) + experts + shards)
+        if norm > max_norm:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(max_norm / norm)
+        return norm
+
+    def _sum(self, square: Tensor, group: Group, device: torch.device) -> float:
+        return float(self._comm.all_reduce(square.to(device), group))
+
+    @staticmethod
+    def exclude_experts(model: nn.Module) -> None:
+        """Tell DistributedDataParallel, before it wraps `model`, to leave expert parameters alone."""
+        mine = _expert_identities(model)
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in mine]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+    def layer_state_dict(self) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for name, value in self.named().items():
+            array = to_numpy(full(value))
+            pieces = self._specs[name].pieces
+            rows = zip(pieces, array, strict=True) if pieces else [(Piece(name, array.shape), array)]
+            found.update({piece.name: np.array(row) for piece, row in rows})
+        return found
+
+
+def _expert_identities(model: nn.Module) -> set[int]:
+    layers = [m for m in model.modules() if isinstance(m, TorchLayerModule)]
+    return {id(p) for layer in layers for p in layer.expert_parameters()}
+

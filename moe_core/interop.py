@@ -1,0 +1,82 @@
+"""An MoE layer for other people's models and loops (`nn.Module` under torch, `nn.Cell` under MindSpore).
+
+There the loss of a rank is a mean over its own tokens and replicated gradients are averaged over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..backends.protocol import Array, Component, LayerModule
+from ..backends.registry import Backend, load, read_launch
+from .build import LayerSpec, build_layer, make_runtime
+from .config import MoeConfig, ParallelConfig
+from .layer import MoEOutput
+from .mesh import Mesh
+from .routing.base import Memo, Tokens
+from .transformer import scoped
+
+
+def build_moe_layer(
+    moe: MoeConfig | Mapping[str, Any],
+    parallel: ParallelConfig | Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    backend: Backend | str | None = None,
+    *,
+    hidden_size: int,
+    name: str = "moe",
+    seed: int = 0,
+    as_tensor: bool = False,
+) -> Any:
+    """One MoE layer as the framework's module: forward(x of (..., hidden_size), real=None) -> MoEOutput.
+
+    x: (T, D), or (S, L, D) where each of the S sequences has its own balance loss; real: boolean, False on
+    padding. y has the shape of x; losses are means over this rank's tokens, before coefficients. as_tensor: only y.
+    mesh: data x expert (x tensor) ranks; None: all ranks share the experts. A process group that exists is used.
+    """
+    moe = moe if isinstance(moe, MoeConfig) else MoeConfig.model_validate(moe)
+    parallel = parallel if isinstance(parallel, ParallelConfig) else ParallelConfig.model_validate(parallel or {})
+    home = backend if isinstance(backend, Backend) else load(backend)
+    comm = home.comm.connect(read_launch())
+    runtime = make_runtime(home.ops, comm, mesh or Mesh.over(comm.size, expert=comm.size))
+    prefix = f"{name}."
+    parts = build_layer(moe, parallel, runtime, LayerSpec(hidden_size, prefix, seed))
+
+    def forward(params: Mapping[str, Array], x: Array, real: Array | None = None) -> MoEOutput | Array:
+        x_TD = x.reshape((-1, hidden_size))
+        real_T = None if real is None else real.reshape((-1,))
+        total = x_TD.shape[0] if real_T is None else int(home.ops.to_numpy(real_T).sum())
+        tokens = Tokens(sequences=x.shape[0] if len(x.shape) == 3 else 1, total=float(max(total, 1)), real_T=real_T)
+        out = parts.layer(scoped(params, prefix), x_TD, tokens, Memo())
+        y = out.y.reshape(x.shape)
+        return y if as_tensor else MoEOutput(y, out.losses, out.stats)
+
+    return home.trainer.module(Component(name, parts.parameters, forward), runtime.groups, comm)
+
+
+def expert_parameters(layer: LayerModule) -> list[Any]:
+    """Parameters that differ between ranks: keep them out of DDP, pass them to FSDP2 as `ignored_params`."""
+    return layer.expert_parameters()
+
+
+def sync_gradients(layer: LayerModule, gradients: Any = None) -> Any:
+    """After backward: expert gradients become those of the mean over ranks (MindSpore: passed and returned)."""
+    return layer.sync_gradients(gradients)
+
+
+def clip_grad_norm(layer: LayerModule, model: Any, max_norm: float, gradients: Any = None) -> Any:
+    """Clip all gradients of `model`, counting each parameter once over all ranks; returns the norm."""
+    return layer.clip_grad_norm(model, max_norm, gradients)
+
+
+def exclude_experts(layer: LayerModule, model: Any) -> None:
+    """Before DistributedDataParallel wraps `model`: leave expert parameters to `sync_gradients`."""
+    layer.exclude_experts(model)
+
+
+def layer_state_dict(layer: LayerModule) -> dict[str, np.ndarray]:
+    """This rank's parameters by logical name."""
+    return layer.layer_state_dict()
