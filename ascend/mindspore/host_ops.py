@@ -1,0 +1,80 @@
+"""`ops` of `mindspore-cpu`: the shared operators, and the host's own form where an Ascend kernel has no host one."""
+
+from __future__ import annotations
+
+from mindspore import Tensor
+
+from ...backends.protocol import DType
+from . import ops
+from .host_experts import expert_mlp, grouped_matmul
+from .host_rows import argsort, combine_rows, count, invert, sum_rows, take_rows, topk
+from .ops import (
+    asarray,
+    attention,
+    checkpoint,
+    concat,
+    cross_entropy,
+    dtype_of,
+    exp,
+    log,
+    logsumexp,
+    relu,
+    rms_norm,
+    sigmoid,
+    softmax,
+    split,
+    sqrt,
+    stop_gradient,
+    take_along,
+    to_numpy,
+    transpose,
+    where,
+)
+
+__all__ = [
+    "argsort",
+    "asarray",
+    "attention",
+    "cast",
+    "checkpoint",
+    "combine_rows",
+    "concat",
+    "count",
+    "cross_entropy",
+    "dtype_of",
+    "exp",
+    "expert_mlp",
+    "grouped_matmul",
+    "invert",
+    "log",
+    "logsumexp",
+    "relu",
+    "rms_norm",
+    "sigmoid",
+    "softmax",
+    "split",
+    "sqrt",
+    "stop_gradient",
+    "sum_rows",
+    "take_along",
+    "take_rows",
+    "to_numpy",
+    "topk",
+    "transpose",
+    "where",
+]
+
+
+def cast(x: Tensor, dtype: DType) -> Tensor:
+    """Convert a floating tensor; the gradient is converted back. ValueError for bfloat16, which the host can't compute."""
+    check_dtype(dtype)
+    return ops.cast(x, dtype)
+
+
+def check_dtype(dtype: DType) -> None:
+    """Raise ValueError for a dtype without compute kernels on the host."""
+    if dtype == "bfloat16":
+        raise ValueError(
+            "MindSpore computes no bfloat16 on the host; choose dtype float32 or float64 for mindspore-cpu "
+            "(bfloat16 works on backends ascend and cpu)"
+        )

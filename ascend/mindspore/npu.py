@@ -1,0 +1,27 @@
+"""Backend `ascend`: MindSpore in PyNative mode on NPUs, HCCL as transport."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from . import runtime
+
+_PARTS = {"ops": ".npu_ops", "comm": ".hccl_comm", "trainer": ".npu_trainer"}
+
+
+def probe() -> runtime.Probe:
+    """(available, reason, versions); touches the device only where a device node exists."""
+    return runtime.probe_npu()
+
+
+def device_count() -> int:
+    """NPUs that this process may use."""
+    return runtime.device_count()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The parts, imported when first asked for: `probe` must work where MindSpore is absent."""
+    if name not in _PARTS:
+        raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    return importlib.import_module(_PARTS[name], __package__)
