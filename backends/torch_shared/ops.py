@@ -16,15 +16,13 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def asarray(value: np.ndarray) -> Tensor:
-    value = np.asarray(value)
-    if value.dtype.kind in "iu":
-        value = value.astype(np.int64, copy=False)
-    return torch.from_numpy(np.ascontiguousarray(value).copy() if not value.flags.writeable else np.ascontiguousarray(value))
+    return torch.from_numpy(np.array(value, dtype=np.int64 if value.dtype.kind in "iu" else None, order="C"))
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
     x = x.detach()
-    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).cpu().numpy()
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.cpu().numpy().copy() if x.device.type == "cpu" else x.cpu().numpy()
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:

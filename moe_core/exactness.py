@@ -1,0 +1,357 @@
+"""One layer under one layout against the dense oracle: outputs, every gradient, losses, norm, optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..backends.protocol import Component, DType, Group, Parameter, Piece, TrainOptions
+from .build import LayerSpec, Runtime, build_layer
+from .config import MoeConfig, ParallelConfig
+from .layer import MoEOutput
+from .routing.base import Memo, Tokens
+from .transformer import scoped
+
+WIDTH = 12
+LENGTH = 4
+LEARNING_RATE = 0.05
+MAX_NORM = 0.5
+FLOOR = 1e-3
+"""Error of a tensor = ||a - b|| / max(||b||, FLOOR x the largest gradient norm of the case)."""
+
+ROUTINGS = ("random", "same_experts", "ties", "idle_rank", "uneven", "padding_tail", "padding_only")
+ORACLE_ROUTERS = ("topk", "switch")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, how it runs, and what its tokens look like. sequences_R: how many each data rank holds."""
+
+    moe: MoeConfig
+    parallel: ParallelConfig
+    expert: int = 1
+    head: int = 1
+    tensor: int = 1
+    routing: str = "random"
+    dtype: DType = "float64"
+    recompute: bool = False
+    micro_batches: int = 1
+    optimizer: str = "adamw"
+    steps: int = 3
+
+    @property
+    def name(self) -> str:
+        p = self.parallel
+        how = f"{p.planner}+{p.transport}+{p.residency}+{p.placement}"
+        more = ("+recompute" if self.recompute else "") + (f"+micro{self.micro_batches}" if self.micro_batches > 1 else "")
+        return (
+            f"{self.moe.router} E={self.moe.num_experts} k={self.moe.top_k} {how}{more} "
+            f"ep={self.expert} hp={self.head} tp={self.tensor} {self.routing}"
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The whole input of a case, before it is shared among ranks: (S, L, D) tokens, mask, upstream gradient."""
+
+    x_SLD: np.ndarray
+    dy_SLD: np.ndarray
+    real_SL: np.ndarray
+    values: Mapping[str, np.ndarray]
+    share_R: tuple[tuple[int, ...], ...]
+
+    @property
+    def total(self) -> int:
+        return max(1, int(self.real_SL.sum()))
+
+
+@dataclass(frozen=True)
+class Report:
+    """worst: largest relative error of any tensor; where: which. zeros_ok: structural zeros are exact."""
+
+    case: Case
+    worst: float
+    where: str
+    zeros_ok: bool
+
+    def passed(self, tolerance: float) -> bool:
+        return self.zeros_ok and self.worst <= tolerance
+
+
+def make_problem(case: Case, ranks: int, values: Mapping[str, np.ndarray], seed: int = 0) -> Problem:
+    """Tokens whose first E channels are their router logits (the router's weight is the identity there)."""
+    rng = np.random.default_rng(seed)
+    per_rank = 2 * case.micro_batches
+    share = [per_rank] * ranks
+    if case.routing == "idle_rank" and ranks > 1:
+        share[-1] = 0
+    if case.routing == "uneven":
+        share = [case.micro_batches * (1 + r % 3) for r in range(ranks)]
+    sequences = sum(share)
+    x = rng.standard_normal((sequences, LENGTH, WIDTH))
+    num = case.moe.num_experts
+    logits = rng.standard_normal((sequences, LENGTH, num))
+    if case.routing == "same_experts":
+        logits = np.broadcast_to(np.linspace(2, -2, num), logits.shape) + 0.01 * logits
+    if case.routing == "ties":
+        logits = rng.integers(0, 2, logits.shape).astype(float)
+    channels = min(num, WIDTH)
+    x[..., :channels] = logits[..., :channels]
+    real = np.ones((sequences, LENGTH), bool)
+    if case.routing == "padding_tail":
+        real[:, LENGTH - 1] = False
+        real[0] = False
+    if case.routing == "padding_only":
+        real[:] = False
+    starts = np.cumsum([0, *share])
+    parts = tuple(tuple(range(a, b)) for a, b in zip(starts[:-1], starts[1:]))
+    dy = rng.standard_normal(x.shape) * real[..., None]
+    return Problem(x, dy, real, values, parts)
+
+
+def whole_values(case: Case, runtime: Runtime, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every logical tensor of the layer by name; the router sees the first channels as logits."""
+    parts = build_layer(case.moe, _alone(case.parallel), _single(runtime), _spec(case))
+    values: dict[str, np.ndarray] = {}
+    for parameter in parts.parameters:
+        value = parameter.initial()
+        if parameter.name.endswith("w_router") and value.ndim == 2:
+            value = np.eye(*value.shape) + 0.0 * value
+        for row, piece in enumerate(parameter.pieces or (Piece(parameter.name, parameter.shape),)):
+            values[piece.name] = value[row] if parameter.pieces else value
+    return values
+
+
+def check_case(case: Case, backend: Any, runtime: Runtime, tolerance_zero: float = 0.0) -> Report:
+    """Run the case on this rank and compare with what the oracle (or the reference on one rank) says."""
+    problem = make_problem(case, runtime.mesh.token_ranks, whole_values(case, runtime))
+    expected = expected_run(case, problem)
+    errors = Errors()
+    for step, want in enumerate(run_steps(case, problem, backend, runtime)):
+        errors.compare_step(want, expected[step], runtime)
+    worst, where = errors.worst
+    return Report(case, worst, where, errors.zeros_ok)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step showed: local or whole, by logical name (and slice) of each tensor."""
+
+    y: dict[int, np.ndarray]
+    grads: dict[str, np.ndarray]
+    pieces: dict[str, tuple[Piece, ...]]
+    losses: dict[str, float]
+    norm: float
+    params: dict[str, np.ndarray]
+
+
+def run_steps(case: Case, problem: Problem, backend: Any, runtime: Runtime) -> list[StepResult]:
+    """The layer on this rank: forward, backward, reduction, clipping, update, `case.steps` times."""
+    rank = runtime.comm.rank // runtime.mesh.tensor
+    mine = problem.share_R[rank]
+    parts = build_layer(case.moe, case.parallel, runtime, _spec(case))
+    parameters = [replace(p, initial=_initial(p, problem.values)) for p in parts.parameters]
+    x_own = problem.x_SLD[list(mine)]
+    parameters.append(Parameter("x", x_own.shape, lambda: x_own, reduce_over="self", norm_over="token", weight_decay=False, master=True))
+    ops = backend.ops
+
+    def forward(params: Mapping[str, Any], rows: slice) -> MoEOutput:
+        count = x_own[rows].shape[0]
+        x = params["x"]
+        sizes = [rows.start, count, x_own.shape[0] - rows.start - count]
+        x_TD = ops.split(x, sizes, 0)[1].reshape((-1, WIDTH))
+        real = problem.real_SL[list(mine)][rows].reshape(-1)
+        tokens = Tokens(
+            sequences=count,
+            total=float(problem.total),
+            real_T=None if problem.real_SL.all() else ops.asarray(real),
+            token_ids_T=ops.asarray(np.arange(len(real)) % 7),
+            sequence_positions=np.array(mine, np.int64)[rows],
+            global_sequences=len(problem.x_SLD),
+        )
+        return parts.layer(scoped(params, "moe."), x_TD, tokens, Memo())
+
+    component = Component("moe", tuple(parameters), forward)
+    groups = {**runtime.groups, "self": Group("self", (runtime.comm.rank,), 0)}
+    groups["token"] = runtime.groups["world"] if runtime.mesh.tensor == 1 else runtime.groups["token"]
+    options = TrainOptions(dtype=case.dtype, eps=1e-8 if case.dtype == "float64" else 1e-3, optimizer=case.optimizer)  # type: ignore[arg-type]
+    state = backend.trainer.build([component], options, groups, runtime.comm)
+    return [_one_step(case, problem, backend, state, mine, parameters) for _ in range(case.steps)]
+
+
+def _one_step(case: Case, problem: Problem, backend: Any, state: Any, mine: tuple[int, ...], parameters: list[Parameter]) -> StepResult:
+    ops, trainer = backend.ops, backend.trainer
+    size = max(1, len(mine) // case.micro_batches)
+    y: dict[int, np.ndarray] = {}
+    losses: dict[str, float] = {}
+    for micro in range(case.micro_batches):
+        rows = slice(micro * size, (micro + 1) * size if mine else 0)
+
+        def loss_fn(rows: slice = rows) -> tuple[Any, MoEOutput]:
+            out = state.modules["moe"](rows)
+            dy = ops.cast(ops.asarray(problem.dy_SLD[list(mine)][rows].reshape(-1, WIDTH)), ops.dtype_of(out.y))
+            loss = (out.y * dy).sum(-1).sum(-1)
+            for name, value in out.losses.items():
+                loss = loss + value * getattr(case.moe, _COEFFICIENT[name])
+            return loss, out
+
+        _, out = trainer.accumulate(state, loss_fn)
+        flat = ops.to_numpy(out.y)
+        for offset, sequence in enumerate(mine[rows]):
+            y[sequence] = flat[offset * LENGTH : (offset + 1) * LENGTH]
+        for name, value in out.losses.items():
+            losses[name] = losses.get(name, 0.0) + float(ops.to_numpy(value))
+    trainer.reduce_gradients(state)
+    grads = trainer.gradients(state)
+    norm = trainer.clip_gradients(state, MAX_NORM)
+    trainer.step(state, LEARNING_RATE)
+    params = {name: value for name, kind, value in trainer.tensors(state) if kind == "parameter"}
+    return StepResult(y, grads, {p.name: p.pieces for p in parameters}, losses, norm, params)
+
+
+_COEFFICIENT = {"load_balance": "aux_loss_coeff", "z": "z_loss_coeff", "locality": "locality_loss_coeff"}
+
+
+# --- what is right ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Expected:
+    """Whole tensors by logical name after one step; x and its gradient as (S, L, D)."""
+
+    y_SLD: np.ndarray
+    grads: dict[str, np.ndarray]
+    losses: dict[str, float]
+    norm: float
+    params: dict[str, np.ndarray]
+
+
+def expected_run(case: Case, problem: Problem) -> list[Expected]:
+    """`case.steps` steps of the oracle with NumPy's AdamW (or SGD)."""
+    values = {**problem.values, "x": problem.x_SLD}
+    moments: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    run = []
+    for step in range(case.steps):
+        y, grads, losses = oracle_gradients(case, problem, values)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
+        scale = MAX_NORM / norm if norm > MAX_NORM else 1.0
+        values = {n: _update(case, n, v, grads[n] * scale, moments, step + 1) for n, v in values.items()}
+        run.append(Expected(y, grads, losses, norm, dict(values)))
+    return run
+
+
+def oracle_gradients(
+    case: Case, problem: Problem, values: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+    """y, gradients by logical name and losses of the dense oracle."""
+    from ..testing import oracle
+
+    moe, prefix = case.moe, "moe."
+    stack = {n: np.stack([values[f"{prefix}experts.{e}.{n}"] for e in range(moe.num_experts)]) for n in ("w_up", "w_down")}
+    params = {**stack, "w_router": values[f"{prefix}w_router"]}
+    shared = [n for n in ("w_shared_up", "w_shared_down", "w_shared_gate") if f"{prefix}{n}" in values]
+    params.update({n: values[f"{prefix}{n}"] for n in shared})
+    x = values["x"]
+    real = None if problem.real_SL.all() else problem.real_SL.reshape(-1)
+    batch = oracle.Batch(x.reshape(-1, WIDTH), x.shape[0], float(problem.total), real_T=real)
+    result = oracle.run(moe, params, batch, problem.dy_SLD.reshape(-1, WIDTH))  # type: ignore[arg-type]
+    grads = {f"{prefix}experts.{e}.{n}": result.grads[n][e] for n in stack for e in range(moe.num_experts)}
+    grads.update({f"{prefix}{n}": result.grads[n] for n in ("w_router", *shared)})
+    grads["x"] = result.grads["x"].reshape(x.shape)
+    return result.y.reshape(x.shape), grads, result.losses
+
+
+def _update(
+    case: Case, name: str, value: np.ndarray, grad: np.ndarray, moments: dict[str, tuple[np.ndarray, np.ndarray]], step: int
+) -> np.ndarray:
+    options = TrainOptions(eps=1e-8 if case.dtype == "float64" else 1e-3)
+    decay = 0.0 if name == "x" else options.weight_decay
+    if case.optimizer == "sgd":
+        return value - LEARNING_RATE * (grad + decay * value)
+    m, v = moments.get(name, (np.zeros_like(value), np.zeros_like(value)))
+    m = options.beta1 * m + (1 - options.beta1) * grad
+    v = options.beta2 * v + (1 - options.beta2) * grad**2
+    moments[name] = (m, v)
+    m_hat, v_hat = m / (1 - options.beta1**step), v / (1 - options.beta2**step)
+    return value * (1 - LEARNING_RATE * decay) - LEARNING_RATE * m_hat / (np.sqrt(v_hat) + options.eps)
+
+
+# --- comparison ------------------------------------------------------------------------------
+@dataclass
+class Errors:
+    """Largest error so far."""
+
+    worst: tuple[float, str] = (0.0, "")
+    zeros_ok: bool = True
+    scale: float = field(default=0.0)
+
+    def compare_step(self, got: StepResult, want: Expected, runtime: Runtime) -> None:
+        self.scale = FLOOR * max((float(np.linalg.norm(g)) for g in want.grads.values()), default=1.0)
+        self.scale = max(self.scale, 1e-12)
+        for sequence, y in got.y.items():
+            self._add(f"y[{sequence}]", y, want.y_SLD[sequence])
+        share = sorted(got.y)
+        for kind, found, whole in (("gradient of ", got.grads, want.grads), ("", got.params, want.params)):
+            for name, value in found.items():
+                if name == "x":
+                    self._add(kind + "x", value, whole["x"][share])
+                    continue
+                for piece, part in local_parts(name, value, got.pieces[name]):
+                    self._add(kind + piece.name, part, slice_piece(whole[piece.name], piece), bool(kind))
+        everyone = runtime.comm.gather_to_host(np.array([got.losses.get(n, 0.0) for n in _COEFFICIENT]), runtime.groups["world"])
+        for name, value in zip(_COEFFICIENT, everyone.sum(0) / runtime.mesh.tensor):
+            if name in got.losses:
+                self._add(f"loss {name}", np.array(value), np.array(want.losses[name]))
+        self._add("norm", np.array(got.norm), np.array(want.norm))
+
+    def _add(self, name: str, got: np.ndarray, want: np.ndarray, structural: bool = False) -> None:
+        if got.size == 0:
+            return
+        difference = float(np.linalg.norm(got - want))
+        error = difference / max(float(np.linalg.norm(want)), self.scale)
+        if not error <= self.worst[0]:
+            self.worst = (error if np.isfinite(error) else math.inf, name)
+        if structural and not want.any() and got.any():
+            self.zeros_ok = False
+            self.worst = (max(self.worst[0], error), f"{name} (must be exactly zero)")
+
+
+def local_parts(name: str, value: np.ndarray, pieces: tuple[Piece, ...]) -> list[tuple[Piece, np.ndarray]]:
+    """A stored tensor as its logical pieces."""
+    return list(zip(pieces, value)) if pieces else [(Piece(name, value.shape), value)]
+
+
+def slice_piece(whole: np.ndarray, piece: Piece) -> np.ndarray:
+    """The part of a logical tensor that a piece holds; beyond its end there are zeros (padding of shards)."""
+    if piece.stop is None:
+        return whole
+    if piece.axis is not None:
+        return np.take(whole, np.arange(piece.start, piece.stop), piece.axis)
+    out = np.zeros(piece.stop - piece.start)
+    part = whole.reshape(-1)[piece.start : piece.stop]
+    out[: len(part)] = part
+    return out
+
+
+def _initial(parameter: Parameter, values: Mapping[str, np.ndarray]) -> Any:
+    if not parameter.pieces:
+        return lambda: values[parameter.name].reshape(parameter.shape)
+    return lambda: np.stack([slice_piece(values[p.name], p) for p in parameter.pieces]).reshape(parameter.shape)
+
+
+def _spec(case: Case) -> LayerSpec:
+    return LayerSpec(WIDTH, "moe.", seed=3, std=0.4, std_down=0.4, checkpoint_experts=case.recompute)
+
+
+def _alone(parallel: ParallelConfig) -> ParallelConfig:
+    return ParallelConfig()
+
+
+def _single(runtime: Runtime) -> Runtime:
+    """The same operations on a mesh of one rank: to list whole parameters."""
+    from .mesh import Mesh
+
+    alone = {name: Group(name, (runtime.comm.rank,), 0) for name in runtime.groups}
+    return replace(runtime, mesh=Mesh(), groups=alone)
