@@ -1,0 +1,68 @@
+"""Tile sizes and schedules of the expert kernels: one small table, filled by tests/bench/tune_cuda_kernels.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's schedule. `per_sm`: programs resident on a multiprocessor; `pieces`: parts of the epilogue."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    group: int = 8
+    per_sm: int = 1
+    pieces: int = 1
+    flatten: bool = True
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tiles of all expert kernels on one kind of card. Row tiles (up, down, act, dx) share `bm`."""
+
+    up: Tile
+    down: Tile
+    act: Tile
+    dx: Tile
+    dw_up: Tile
+    dw_down: Tile
+
+    @property
+    def block_m(self) -> int:
+        return self.up.bm
+
+
+HOPPER = Schedule(
+    up=Tile(128, 128, 64, 8, 3, pieces=2),
+    down=Tile(128, 256, 64, 8, 3, pieces=2),
+    act=Tile(128, 128, 64, 8, 3, pieces=4),
+    dx=Tile(128, 256, 64, 8, 3, pieces=2),
+    dw_up=Tile(128, 256, 64, 8, 5),
+    dw_down=Tile(256, 128, 64, 8, 5),
+)
+AMPERE = Schedule(
+    up=Tile(64, 64, 32, 4, 3, pieces=1, flatten=False),
+    down=Tile(64, 128, 32, 4, 3, flatten=False),
+    act=Tile(64, 64, 32, 4, 3, pieces=2, flatten=False),
+    dx=Tile(64, 128, 32, 4, 3, flatten=False),
+    dw_up=Tile(128, 128, 32, 8, 3, flatten=False),
+    dw_down=Tile(128, 128, 32, 8, 3, flatten=False),
+)
+SMALL = Schedule(
+    up=Tile(16, 32, 32, 4, 2, group=2),
+    down=Tile(16, 32, 32, 4, 2, group=2),
+    act=Tile(16, 32, 32, 4, 2, group=2, pieces=2),
+    dx=Tile(16, 32, 32, 4, 2, group=2),
+    dw_up=Tile(32, 32, 32, 4, 2, group=2),
+    dw_down=Tile(32, 32, 32, 4, 2, group=2),
+)
+"""Small tiles: for the interpreter, where every program costs milliseconds."""
+
+
+def schedule_for(capability: int) -> Schedule:
+    """The schedule of a compute capability (90 = Hopper)."""
+    return HOPPER if capability >= 90 else AMPERE
