@@ -98,6 +98,8 @@ class ParallelConfig(Section):
     planner: Literal["static", "least_loaded", "relayout"] = "static"
     placement: Literal["fixed", "swap"] = "fixed"
     transport: Literal["flat", "groupwise", "hierarchical_dedup"] = "flat"
+    deduplicate: bool = True
+    hierarchy_depth: int | Literal["auto"] = "auto"
     residency: Literal["owned", "borrowed", "fully_sharded"] = "owned"
     data_sharding: Literal["none", "full"] = "none"
     data_assignment: Literal["round_robin", "by_domain", "by_affinity"] = "round_robin"
@@ -105,12 +107,18 @@ class ParallelConfig(Section):
 
 
 class LevelConfig(Section):
-    """One level of a cluster: `size` ranks share one unit of it; alpha in s, beta in s per byte, per rank."""
+    """One level of a cluster: `size` ranks share one unit of it.
+
+    An all-to-all of n bytes per rank takes alpha + n beta seconds among all ranks of a unit, and rail_alpha +
+    n rail_beta (null: the same) among one rank of each smaller unit inside.
+    """
 
     name: str
     size: int | None = Field(default=None, gt=0)
     alpha: float = Field(default=0.0, ge=0)
     beta: float = Field(default=0.0, ge=0)
+    rail_alpha: float | None = Field(default=None, ge=0)
+    rail_beta: float | None = Field(default=None, ge=0)
 
 
 class ClusterConfig(Section):
