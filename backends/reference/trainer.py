@@ -11,20 +11,10 @@ import numpy as np
 
 from ..host_memory import peak_resident
 from ..protocol import Communicator, Component, Group, Parameter, TrainOptions
+from .interop import Module, ReferenceLayerModule
 from .tape import Var, grad, variable
 
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Module:
-    """A component and the leaves that it reads: callable as forward(leaves by name, *inputs)."""
-
-    forward: Callable[..., Any]
-    leaves: Mapping[str, Var]
-
-    def __call__(self, *inputs: Any) -> Any:
-        return self.forward(self.leaves, *inputs)
 
 
 @dataclass
@@ -69,6 +59,17 @@ def accumulate(state: ReferenceState, loss_fn: Callable[[], tuple[Var, Any]]) ->
     found = grad(loss, list(state.leaves.values()))
     state.grads = {name: old + new for (name, old), new in zip(state.grads.items(), found, strict=True)}
     return Var(loss.value), aux
+
+
+def evaluate(state: ReferenceState, fn: Callable[[], Any]) -> Any:
+    """fn() while the leaves ask for no gradient, so that the tape records nothing."""
+    for leaf in state.leaves.values():
+        leaf.needs_grad = False
+    try:
+        return fn()
+    finally:
+        for leaf in state.leaves.values():
+            leaf.needs_grad = True
 
 
 def reduce_gradients(state: ReferenceState) -> None:
