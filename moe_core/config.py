@@ -28,12 +28,32 @@ class MoeConfig(Section):
     router_dtype: Literal["float32", "float64"] = "float32"
     num_groups: int = Field(default=1, gt=0)
     group_top_k: int = Field(default=1, gt=0)
+    group_score_top: int = Field(default=2, gt=0)
+    inner_router: Literal["random", "topk", "grap"] = "random"
+    score_scale: Literal["none", "sqrt"] = "none"
+    score_relu: bool = False
+    affinity_mass: float | None = Field(default=None, gt=0, le=1)
+    router_jitter: float = Field(default=0.0, ge=0, lt=1)
+    nan_policy: Literal["raise", "skip"] = "raise"
     bias_update_rate: float = Field(default=0.0, ge=0)
+    bias_update_rule: Literal["sign", "proportional"] = "sign"
     aux_loss_coeff: float = Field(default=0.01, ge=0)
     aux_loss_scope: Literal["sequence", "global"] = "sequence"
+    aux_loss_layers: Literal["separate", "concatenated"] = "separate"
     z_loss_coeff: float = Field(default=0.0, ge=0)
+    entropy_loss_coeff: float = 0.0
     locality_loss_coeff: float = Field(default=0.0, ge=0)
+    locality_nodes: int = Field(default=1, gt=0)
+    locality_expert_nodes: tuple[int, ...] | None = None
+    locality_smoothing: float = Field(default=0.05, gt=0, lt=1)
+    locality_scope: Literal["node", "sequence"] = "node"
+    locality_gradient: Literal["model", "router"] = "model"
+    locality_start_step: int = Field(default=0, ge=0)
+    locality_ramp_steps: int = Field(default=0, ge=0)
     capacity_factor: float | str | None = None
+    capacity_rule: Literal["factor", "angle_frozen", "angle_step"] = "factor"
+    capacity_quantile: float = Field(default=0.1, gt=0, lt=1)
+    min_capacity: int = Field(default=1, gt=0)
     drop_policy: Literal["position", "score"] = "score"
     capacity_group: Literal["sequence", "rank"] = "sequence"
     num_shared_experts: int = Field(default=0, ge=0)
