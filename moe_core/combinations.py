@@ -157,10 +157,15 @@ def check_combinations(config: Config) -> None:
 
 
 def mesh_of(config: Config, ranks: int) -> Mesh:
-    """The mesh that a config makes of so many ranks. ConfigError where the sizes do not fit."""
+    """The mesh that a config makes of so many ranks. ConfigError where the sizes do not fit.
+
+    expert_parallel_size auto takes the most ranks that divide what is left and do not outnumber the experts.
+    """
     p = config.parallel
-    inner = p.head_parallel_size * p.tensor_parallel_size
-    expert = max(1, ranks // inner) if p.expert_parallel_size == "auto" else p.expert_parallel_size
+    expert = p.expert_parallel_size
+    if expert == "auto":
+        free = ranks // (p.head_parallel_size * p.tensor_parallel_size) or 1
+        expert = max(n for n in range(1, free + 1) if free % n == 0 and n <= config.moe.num_experts)
     try:
         return Mesh.over(ranks, expert=expert, head=p.head_parallel_size, tensor=p.tensor_parallel_size)
     except ValueError as error:

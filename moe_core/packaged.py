@@ -19,6 +19,20 @@ def names(kind: str) -> list[str]:
     return sorted(path.stem for path in (folder() / kind).glob("*.yaml"))
 
 
+def find(name: str) -> Path:
+    """The packaged file of that name, of whatever kind; `models/NAME` picks a kind. ConfigError if there is none."""
+    place, _, stem = name.rpartition("/")
+    for kind in KINDS.values():
+        if stem in names(kind) and place in ("", kind):
+            return folder() / kind / f"{stem}.yaml"
+    raise ConfigError(f"there is no packaged config {name!r}; `twinmoe configs list` names them")
+
+
+def kind_of(path: Path) -> str:
+    """What a user calls the kind of a packaged file."""
+    return next(kind for kind, place in KINDS.items() if place == path.parent.name)
+
+
 def locate(reference: str, kind: str, beside: Path) -> Path:
     """The file of a packaged name, or of a path (relative to `beside`). ConfigError if there is none.
 

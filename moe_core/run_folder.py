@@ -100,7 +100,7 @@ def config_hash(config: Config) -> str:
 def model_hash(config: Config) -> str:
     """Of everything that decides the function that is trained; runs with unlike hashes are not comparable."""
     whole = config.model_dump(mode="json")
-    return _hash({"model": whole["model"], "moe": whole["moe"], "sequence_length": config.train.sequence_length})
+    return _hash({"model": whole["model"], "moe": whole["moe"]})
 
 
 def library_versions() -> dict[str, str]:

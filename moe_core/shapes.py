@@ -58,6 +58,20 @@ class Shapes:
     memory_per_rank: Memory
     bytes_per_step: Traffic
 
+    def lines(self) -> list[str]:
+        """What people read, one fact a line."""
+        memory, sent = self.memory_per_rank, self.bytes_per_step
+        m = self.mesh
+        return [
+            f"parameters {_large(self.parameters_total)}, {_large(self.parameters_active)} of them active for a token",
+            f"{self.ranks} ranks: data {m.data} x head {m.head} x expert {m.expert} x tensor {m.tensor}",
+            f"memory per rank {_large(memory.total)}B: parameters {_large(memory.parameters)}B, gradients "
+            f"{_large(memory.gradients)}B, optimizer {_large(memory.optimizer)}B, activations about "
+            f"{_large(memory.activations)}B",
+            f"sent per rank and step {_large(sent.total)}B: dispatch and combine {_large(sent.dispatch_and_combine)}B, "
+            f"gradients {_large(sent.gradients)}B",
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         known = asdict(self)
         known["memory_per_rank"]["total"] = self.memory_per_rank.total
@@ -156,6 +170,15 @@ def _is_expert(parameter: Parameter) -> bool:
 
 def _size(parameter: Parameter) -> int:
     return prod(parameter.shape)
+
+
+def _large(number: int) -> str:
+    """12.3 G and so on."""
+    value, units = float(number), iter(("", "k", "M", "G", "T", "P"))
+    unit = next(units)
+    while value >= 999.5:
+        value, unit = value / 1000, next(units)
+    return f"{value:.3g} {unit}".rstrip()
 
 
 def _group(mesh: Mesh, name: str, axes: tuple[str, ...]) -> Group:

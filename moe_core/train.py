@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import signal
@@ -22,35 +20,30 @@ from ..backends.registry import Backend
 from .bigram import bigram_loss
 from .build import Runtime, make_runtime
 from .checkpoint import Checkpoint, CheckpointError, find, prune, publish, write_shard
+from .combinations import ConfigError, check_ranks, check_trainable, mesh_of
 from .config import Config
 from .data import Data, open_data
-from .mesh import Mesh
 from .metrics import MetricsWriter
 from .model import Model, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
+from .run_folder import model_hash
 
 SCALARS = ("cross_entropy", "loss/load_balance", "loss/z", "loss/locality", "rows/sent", "rows/computed", "rows/local")
 
 
 def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume: str | None = None) -> dict[str, Any]:
     """Train `config` as one rank of the job; returns the summary (the same on every rank)."""
+    check_ranks(config, launch.size)
+    check_trainable(config)
     comm = backend.comm.connect(launch)
     try:
         session = Session.open(config, backend, comm, run_dir)
-        session.restore(find(run_dir, resume))
-        return session.train()
-    finally:
-        comm.close()
-
-
-def mesh_for(config: Config, world_size: int) -> Mesh:
-    """The mesh of `parallel`; 'auto' expert parallelism takes the most ranks that experts and world allow."""
-    parallel = config.parallel
-    expert = parallel.expert_parallel_size
-    if expert == "auto":
-        free = world_size // (parallel.tensor_parallel_size * parallel.head_parallel_size) or 1
-        expert = max(n for n in range(1, free + 1) if free % n == 0 and n <= config.moe.num_experts)
-    return Mesh.over(world_size, int(expert), parallel.head_parallel_size, parallel.tensor_parallel_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    session.restore(find(run_dir, resume))
+    summary = session.train()
+    comm.close()  # not after a failure: others would not come to its barrier
+    return summary
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -61,12 +54,6 @@ def learning_rate(config: Config, step: int) -> float:
     progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
     floor = min(train.min_learning_rate, train.learning_rate)
     return floor + 0.5 * (train.learning_rate - floor) * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def model_hash(config: Config) -> str:
-    """Of what changes the function: model and moe (not how it runs)."""
-    text = json.dumps({"model": config.model.model_dump(), "moe": config.moe.model_dump()}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -105,7 +92,7 @@ class Session:
     def open(cls, config: Config, backend: Backend, comm: Communicator, run_dir: Path) -> Session:
         """Data, mesh, model and optimizer of this rank."""
         data = open_data(config.data, config.train)
-        runtime = make_runtime(backend.ops, comm, mesh_for(config, comm.size))
+        runtime = make_runtime(backend.ops, comm, mesh_of(config, comm.size))
         data.batch(0).for_rank(0, runtime.mesh.token_ranks)
         model = build_model(config, runtime)
         train = config.train
@@ -126,7 +113,7 @@ class Session:
         """Steps until train.steps, a save request or SIGTERM (which saves and ends in order)."""
         train = self.config.train
         previous = signal.signal(signal.SIGTERM, self._on_terminate) if _in_main_thread() else None
-        writer = MetricsWriter(self.run_dir) if self.comm.rank == 0 else None
+        writer = MetricsWriter(self.run_dir, self.step) if self.comm.rank == 0 else None
         started, tokens = time.perf_counter(), 0
         try:
             while self.step < train.steps and not self.stop_requested:

@@ -1,0 +1,221 @@
+"""The command line: `twinmoe COMMAND ...`.
+
+Every command builds a report (one JSON object) and shows it; `--json` prints the object last on standard
+output. Exit status: 0 done, 1 the work failed, 2 the request was wrong (one sentence on standard error).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from . import packaged
+from .combinations import ConfigError
+from .launch import JobFailedError
+from .worker import REQUEST_ERRORS
+
+Report = Mapping[str, Any]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object last.")]
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A path or a packaged name.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
+]
+Nproc = Annotated[str, typer.Option("--nproc", metavar="N|auto", help="Local processes; auto: one a device, else 4.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Run folder; default runs/NAME-TIME.")]
+
+_BAD_WORDS: Any = typer.BadParameter.__mro__[2]
+"""ClickException, of click or of the copy of it that newer typers carry."""
+
+_PLAIN: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+app = typer.Typer(name="twinmoe", help="Train Mixture-of-Experts models.", **_PLAIN)
+configs_app = typer.Typer(help="The configs that come with the package.", **_PLAIN)
+data_app = typer.Typer(help="Data sets.", **_PLAIN)
+app.add_typer(configs_app, name="configs")
+app.add_typer(data_app, name="data")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Which backends work here, with versions; for each other why not and what to install."""
+    from . import doctor as module
+
+    report = module.examine()
+    _emit(report, as_json, lambda: print(*module.lines(report), sep="\n"))
+
+
+@app.command()
+def train(
+    config: ConfigName,
+    overrides: Overrides = None,
+    nproc: Nproc = "auto",
+    run_dir: RunDir = None,
+    resume: Annotated[str | None, typer.Option(metavar="auto|DIR", help="Continue from a checkpoint.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the local job; default: a free one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the merged file and its sizes; no run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train CONFIG, with local processes or as a part of the job that a launcher started."""
+    from .progress import summary_lines
+    from .train_request import TrainRequest, resolve, start
+
+    request = TrainRequest(config, tuple(overrides or ()), nproc, run_dir, resume, port)
+    if dry_run:
+        _emit_dry_run(request, as_json)
+        return
+    summary = start(resolve(request), Console(stderr=as_json))
+    if summary.get("rank", 0) == 0:
+        _emit(summary, as_json, lambda: print(*summary_lines(summary), sep="\n"))
+
+
+@app.command(name="launch")
+def launch_command(
+    config: ConfigName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 2,
+    nproc: Annotated[int, typer.Option(min=1, metavar="M", help="Processes on each node.")] = 8,
+    launcher: Annotated[
+        str, typer.Option("--print", metavar="torchrun|msrun|slurm", help="For which launcher.")
+    ] = "torchrun",
+    run_dir: Annotated[str, typer.Option(metavar="DIR", help="On a file system that all nodes share.")] = "runs/job",
+    as_json: Json = False,
+) -> None:
+    """Print ready text that trains CONFIG on several nodes."""
+    from .combinations import check_ranks
+    from .compose import load_config
+    from .launch_text import LAUNCHERS, Cluster, launch_text
+
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"--print {launcher} is unknown; choose one of {', '.join(LAUNCHERS)}")
+    cluster, words = Cluster(nodes, nproc), tuple(overrides or ())
+    check_ranks(load_config(config, words), cluster.ranks)
+    text = launch_text(launcher, cluster, [config, *words], run_dir)
+    _emit({"launcher": launcher, "ranks": cluster.ranks, "text": text}, as_json, lambda: print(text, end=""))
+
+
+@configs_app.command(name="list")
+def configs_list(as_json: Json = False) -> None:
+    """Names of all packaged configs by kind."""
+    report = {kind: packaged.names(folder) for kind, folder in packaged.KINDS.items()}
+    _emit(
+        report,
+        as_json,
+        lambda: print(*(f"{kind + ':':12}{' '.join(names)}" for kind, names in report.items()), sep="\n"),
+    )
+
+
+@configs_app.command(name="show")
+def configs_show(name: str, as_json: Json = False) -> None:
+    """Print one packaged file as it is."""
+    path = packaged.find(name)
+    report = {"name": name, "kind": packaged.kind_of(path), "text": path.read_text(encoding="utf-8")}
+    _emit(report, as_json, lambda: print(report["text"], end=""))
+
+
+@configs_app.command(name="copy")
+def configs_copy(
+    name: str, to: Annotated[Path | None, typer.Argument(metavar="[FILE]")] = None, as_json: Json = False
+) -> None:
+    """Copy one packaged file, to start an own one from."""
+    path = packaged.find(name)
+    target = to or Path(path.name)
+    target = target / path.name if target.is_dir() else target
+    if target.exists():
+        raise ConfigError(f"{target} exists; name another file")
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        raise ConfigError(f"{target} can't be written ({error.strerror}); name another file") from None
+    _emit({"name": name, "file": str(target)}, as_json, lambda: print(f"{name} copied to {target}"))
+
+
+@data_app.command(name="export")
+def data_export(
+    config: ConfigName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the tokens.")] = Path("data"),
+    as_json: Json = False,
+) -> None:
+    """Write CONFIG's data as token files to carry along; the batches stay the same."""
+    from .compose import load_config
+    from .data import open_data
+    from .data_memmap import export
+
+    merged = load_config(config, tuple(overrides or ()))
+    try:
+        data = open_data(merged.data, merged.train)
+        export(data, out)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    report = {"folder": str(out), "data_hash": data.hash, "vocab_size": data.vocab_size}
+    told = f"{out} holds the data (hash {data.hash}); use it with data.source=memmap data.paths=[{out}]"
+    _emit(report, as_json, lambda: print(told))
+
+
+def _emit_dry_run(request: Any, as_json: bool) -> None:
+    from .compose import dump
+    from .shapes import shapes
+    from .train_request import read_request
+
+    config, choice, ranks = read_request(request)
+    sizes = shapes(config, ranks)
+    report = {"config": config.model_dump(mode="json"), "backend": choice.name, **sizes.as_dict()}
+    _emit(report, as_json, lambda: print(dump(config), *(f"# {line}" for line in sizes.lines()), sep="\n"))
+
+
+def _emit(report: Report, as_json: bool, show: Callable[[], object]) -> None:
+    """One JSON object, or what people read."""
+    if as_json:
+        print(json.dumps(report), flush=True)
+    else:
+        show()
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command line and return its exit status."""
+    try:
+        app(list(words) or ["--help"], prog_name="twinmoe", standalone_mode=False)
+    except _BAD_WORDS as error:
+        return _complain(f"{error.format_message().rstrip('.')}; see --help", 2)
+    except REQUEST_ERRORS as error:
+        return _complain(str(error), 2)
+    except JobFailedError as error:
+        return _complain(str(error), 2 if error.request else 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", 1)
+    except typer.Exit as error:
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _complain(sentence: str, status: int) -> int:
+    print(f"twinmoe: {sentence}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """The console script. A rank of a job leaves at once: gloo's threads sometimes abort Python's shutdown."""
+    from ..backends.registry import surrounding_launcher
+
+    status = run(sys.argv[1:])
+    if surrounding_launcher() == "torchrun":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

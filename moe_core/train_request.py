@@ -1,0 +1,132 @@
+"""What `twinmoe train` was asked, checked; then start its workers, or join the job that a launcher made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..backends.registry import Choice, choose, launcher_name, probe, read_launch, surrounding_launcher
+from .combinations import ConfigError, check_ranks, check_trainable
+from .compose import command_line_backend, load_config
+from .config import Config
+from .launch import Job, run_job
+from .progress import RunView
+from .run_folder import CONFIG, default_run_dir, open_run_folder
+from .worker import Order, work
+
+AUTO = "auto"
+_HOST_RANKS = 4  # where ranks share the host
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """The command line of `train`."""
+
+    config: str
+    overrides: tuple[str, ...] = ()
+    nproc: str = AUTO
+    run_dir: Path | None = None
+    resume: str | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request after every check that needs no process."""
+
+    config: Config
+    choice: Choice
+    ranks: int
+    run_dir: Path
+    resume: str | None
+    port: int | None
+
+    @property
+    def order(self) -> Order:
+        return Order(self.run_dir, self.choice.name, self.choice.decided_by, self.resume)
+
+    def start_line(self) -> str:
+        """Which backend runs, who decided it and why; how many ranks; which scheme."""
+        backend = f"{self.choice.name} (decided by {self.choice.decided_by}: {self.choice.reason})"
+        return (
+            f"{self.config.name} on {backend}, {self.ranks} ranks, scheme {self.config.parallel.scheme}, {self.run_dir}"
+        )
+
+
+def read_request(request: TrainRequest) -> tuple[Config, Choice, int]:
+    """Config, backend and number of ranks. Raises ConfigError or BackendError with one sentence."""
+    config = load_config(request.config, request.overrides)
+    named = command_line_backend(request.overrides)
+    choice = choose(named, config.backend if named is None else None)
+    ranks = read_launch().size if surrounding_launcher() else rank_count(request.nproc, choice.name)
+    check_ranks(config, ranks)
+    return config, choice, ranks
+
+
+def resolve(request: TrainRequest) -> Resolved:
+    """Check everything that can be checked before a process is started, and settle the run folder."""
+    config, choice, ranks = read_request(request)
+    check_trainable(config)
+    run_dir = _run_dir(request, config)
+    return Resolved(config, choice, ranks, run_dir, request.resume, request.port)
+
+
+def rank_count(nproc: str, backend: str) -> int:
+    """--nproc as a number: auto is one rank a device, or four where ranks share the host."""
+    devices = probe(backend).devices
+    if nproc == AUTO:
+        return devices or _HOST_RANKS
+    if not nproc.isdecimal() or int(nproc) < 1:
+        raise ConfigError(f"--nproc {nproc} is neither a positive number nor auto; for example --nproc 4")
+    if devices is not None and int(nproc) > devices:
+        raise ConfigError(
+            f"--nproc {nproc} is more than the {devices} devices that {backend} has here; "
+            f"use --nproc {devices}, or backend=cpu where ranks share the host"
+        )
+    return int(nproc)
+
+
+def start(resolved: Resolved, console: Console) -> dict[str, Any]:
+    """Train with local workers of our own, or as one rank of the job that a launcher made. Returns the summary.
+
+    Raises JobFailedError when workers fail.
+    """
+    if surrounding_launcher():
+        return _join(resolved, console)
+    open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
+    job = Job(resolved.order, resolved.ranks, launcher_name(resolved.choice.name), resolved.port)
+    console.print(resolved.start_line(), highlight=False, soft_wrap=True)
+    with RunView(resolved.run_dir, resolved.config.train.steps, console) as view:
+        return run_job(job, view)
+
+
+def _join(resolved: Resolved, console: Console) -> dict[str, Any]:
+    launch = read_launch()
+    if launch.rank == 0:
+        open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
+        console.print(resolved.start_line(), highlight=False, soft_wrap=True)
+    return {**work(resolved.order, launch, resolved.config), "rank": launch.rank}
+
+
+def _run_dir(request: TrainRequest, config: Config) -> Path:
+    if request.run_dir is not None:
+        return request.run_dir
+    if surrounding_launcher():
+        raise ConfigError("a launcher started several ranks, which must agree on the run folder; give --run-dir")
+    if request.resume == AUTO:
+        return _newest(config)
+    if request.resume is not None and (Path(request.resume) / CONFIG).exists():
+        return Path(request.resume)
+    return default_run_dir(config)
+
+
+def _newest(config: Config) -> Path:
+    runs = [path.parent for path in Path("runs").glob(f"{config.name}-*/latest")]
+    if not runs:
+        raise ConfigError(
+            f"there is no run of {config.name} with a checkpoint under runs/; name its folder with --run-dir"
+        )
+    return max(runs, key=lambda path: (path / "latest").stat().st_mtime)

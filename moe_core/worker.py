@@ -1,0 +1,138 @@
+"""One rank of a job. Its supervisor starts it through a launcher: `python -m twinmoe.moe_core.worker RUN_DIR ...`.
+
+It writes to logs/rank_N.log only. How it ended stands in the run folder: summary.json from rank 0, or
+logs/rank_N.error.json from a rank that failed. Its standard input is a line to the supervisor: a byte asks
+the job to save and end, the end of the line means that the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..backends.protocol import Launch
+from ..backends.registry import BackendError, LaunchError, is_scheduler, load, read_launch
+from .checkpoint import CheckpointError
+from .combinations import ConfigError
+from .compose import load_config
+from .config import Config
+from .run_folder import CONFIG, LOGS, SUMMARY, write_environment
+
+REQUEST_ERRORS = (ConfigError, BackendError, LaunchError, CheckpointError)
+"""What a user can mend by asking differently: one sentence, exit status 2."""
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is told."""
+
+    run_dir: Path
+    backend: str
+    decided_by: str
+    resume: str | None = None
+
+    def words(self) -> list[str]:
+        """The order as command-line words."""
+        words = [str(self.run_dir), "--backend", self.backend, "--decided-by", self.decided_by]
+        return [*words, "--resume", self.resume] if self.resume else words
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Order:
+        parser = argparse.ArgumentParser(prog="twinmoe worker")
+        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("--backend", required=True)
+        parser.add_argument("--decided-by", required=True)
+        parser.add_argument("--resume")
+        return cls(**vars(parser.parse_args(words)))
+
+
+def work(order: Order, launch: Launch, config: Config) -> dict[str, Any]:
+    """Train as one rank; rank 0 leaves environment.json and summary.json behind. Raises what training raises."""
+    from .train import run
+
+    backend = load(order.backend, order.decided_by)
+    launch = replace(launch, timeout_s=config.train.timeout_s)
+    if launch.rank == 0:
+        write_environment(order.run_dir, config, backend, {"world_size": launch.size})
+    summary = run(config, backend, launch, order.run_dir, order.resume)
+    if launch.rank == 0:
+        (order.run_dir / SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
+    return summary
+
+
+def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
+    """Leave logs/rank_N.error.json: whole or not at all."""
+    told = {
+        "rank": rank,
+        "time": time.time(),
+        "request": isinstance(error, REQUEST_ERRORS),
+        "sentence": str(error).strip() or type(error).__name__,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    path = run_dir / LOGS / f"rank_{rank}.error.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(told), encoding="utf-8")
+    temporary.replace(path)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one rank and leave without Python's shutdown, in which gloo's threads sometimes abort."""
+    order = Order.parse(sys.argv[1:] if words is None else words)
+    if is_scheduler():
+        load(order.backend, order.decided_by).comm.connect(read_launch())
+        return
+    launch = read_launch()
+    _log_to(order.run_dir / LOGS / f"rank_{launch.rank}.log")
+    _die_with_parent()
+    threading.Thread(target=_listen, daemon=True).start()
+    status = 0
+    try:
+        work(order, launch, load_config(order.run_dir / CONFIG))
+    except BaseException as error:
+        note_failure(order.run_dir, launch.rank, error)
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status or load(order.backend, order.decided_by).launcher == "torchrun":
+        os._exit(status)
+
+
+def _log_to(path: Path) -> None:
+    """Everything this process prints, frameworks included, goes to its log."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+
+
+def _die_with_parent() -> None:
+    """Where the system offers it, a launcher that is killed takes its workers along."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _listen() -> None:
+    """Follow the supervisor's line."""
+    while True:
+        if os.read(0, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
