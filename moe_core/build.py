@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..backends.protocol import Array, Communicator, Group, Ops, Parameter
-from .config import MoeConfig, ParallelConfig
-from .layer import MoELayer, Planner
+from .config import ClusterConfig, MoeConfig, ParallelConfig
+from .layer import MoELayer
 from .mesh import Mesh
-from .planners.static import owners, plan_static, slot_table
+from .planners.static import owners
+from .planning import make_planner
+from .residency.base import Residency
+from .residency.borrowed import Borrowed
+from .residency.fully_sharded import FullySharded
 from .residency.owned import Owned
 from .routing import make_router
+from .topology import Topology, flat_topology, topology_of
 from .transformer import Declare, mlp, mlp_parameters
 from .transport.base import Transport
+from .transport.depth import usual_depth
 from .transport.flat import Flat, Local
+from .transport.hierarchical import HierarchicalDedup, Hierarchy, StageGroups, hierarchy_groups
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a layer runs: operations, collectives, and this rank's groups by name."""
+    """Where a layer runs: operations, collectives, and this rank's groups by name.
+
+    topology: of an expert group. stage_groups: those of hierarchical exchanges, where they are used.
+    """
 
     ops: Ops
     comm: Communicator
     mesh: Mesh
     groups: Mapping[str, Group]
+    topology: Topology | None = None
+    stage_groups: StageGroups = field(default_factory=dict)
 
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "world": ("data", "head", "expert", "tensor"),
     "expert": ("expert",),
+    "expert_weights": ("expert",),
     "expert_data": ("data",),
     "tensor": ("tensor",),
     "head": ("head",),
@@ -39,9 +52,23 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """Group name -> mesh axes along which its ranks differ."""
 
 
-def make_runtime(ops: Ops, comm: Communicator, mesh: Mesh) -> Runtime:
-    """All groups of the mesh; every rank calls it at the same time."""
-    return Runtime(ops, comm, mesh, {name: comm.group(name, mesh.partition(*axes)) for name, axes in GROUPS.items()})
+NOMINAL_TOKENS = 4096
+"""Tokens per rank for which a hierarchy's usual depth is chosen before any is seen."""
+
+
+def make_runtime(
+    ops: Ops,
+    comm: Communicator,
+    mesh: Mesh,
+    parallel: ParallelConfig | None = None,
+    cluster: ClusterConfig | None = None,
+) -> Runtime:
+    """All groups of the mesh, and those of hierarchical exchanges over `cluster`; every rank calls it at the same time."""
+    groups = {name: comm.group(name, mesh.partition(*axes)) for name, axes in GROUPS.items()}
+    topology = topology_of(cluster or ClusterConfig(), mesh.partition("expert"))
+    hierarchical = parallel is not None and parallel.transport == "hierarchical_dedup"
+    stage_groups = hierarchy_groups(comm, mesh, topology) if hierarchical else {}
+    return Runtime(ops, comm, mesh, groups, topology, stage_groups)
 
 
 @dataclass(frozen=True)
@@ -72,9 +99,7 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
             f"expert_parallel_size={group.size} exceeds moe.num_experts={moe.num_experts}; choose at most one rank per expert"
         )
     router = make_router(ops, moe, spec.width, spec.seed, spec.std)
-    owner_E = owners(moe.num_experts, group.size)
-    mine = np.flatnonzero(owner_E == group.index)
-    residency = Owned(ops, moe, spec.width, mine, spec.seed, spec.std)
+    residency = _residency(moe, parallel, runtime, spec)
     shared, shared_parameters = _shared_experts(ops, moe, spec)
     layer = MoELayer(
         ops=ops,
@@ -82,8 +107,8 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
         group=group,
         num_experts=moe.num_experts,
         router=router,
-        planner=_planner(slot_table(owner_E, group.size)),
-        transport=_transport(moe, runtime),
+        planner=make_planner(moe, parallel, group.size, _nodes(runtime)),
+        transport=_transport(moe, parallel, runtime, spec.width),
         residency=residency,
         shared=shared,
         checkpoint_experts=spec.checkpoint_experts,
@@ -92,13 +117,39 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
     return LayerParts(layer, parameters)
 
 
-def _planner(slots_RC: np.ndarray) -> Planner:
-    return lambda counts_RE: plan_static(counts_RE, slots_RC)
+def _nodes(runtime: Runtime) -> tuple[int, ...] | None:
+    """Node of each expert rank: the units just inside the whole group (None: one node)."""
+    topology = runtime.topology
+    return tuple(topology.unit_of(1).tolist()) if topology is not None and topology.depth > 1 else None
 
 
-def _transport(moe: MoeConfig, runtime: Runtime) -> Transport:
-    group = runtime.groups["expert"]
-    return Local(runtime.ops, moe.num_experts) if group.size == 1 else Flat(runtime.ops, runtime.comm, group)
+def _residency(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> Residency:
+    ops, comm, weights = runtime.ops, runtime.comm, runtime.groups["expert_weights"]
+    if parallel.residency == "fully_sharded":
+        return FullySharded(ops, comm, weights, moe, spec.width, spec.seed, spec.std)
+    mine = np.flatnonzero(owners(moe.num_experts, weights.size) == weights.index)
+    owned = Owned(ops, moe, spec.width, mine, spec.seed, spec.std)
+    return Borrowed(owned, ops, comm, weights, moe, spec.width) if parallel.residency == "borrowed" else owned
+
+
+def _transport(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> Transport:
+    ops, comm, group = runtime.ops, runtime.comm, runtime.groups["expert"]
+    if group.size == 1:
+        return Local(ops, moe.num_experts)
+    if parallel.transport == "hierarchical_dedup":
+        return HierarchicalDedup(ops, comm, group, _hierarchy(moe, parallel, runtime, width))
+    return Flat(ops, comm, group)
+
+
+def _hierarchy(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> Hierarchy:
+    """Fixed depth as far as the topology goes; 'auto' starts from the modelled best, or the deepest where nothing
+    was measured."""
+    topology = runtime.topology or flat_topology(runtime.groups["expert"].size)
+    depth = None if parallel.hierarchy_depth == "auto" else min(parallel.hierarchy_depth, topology.depth)
+    usual = topology.depth
+    if any(level.within.beta or level.rails.beta for level in topology.levels):
+        usual = usual_depth(topology, moe.num_experts, moe.top_k, NOMINAL_TOKENS, 4 * width)
+    return Hierarchy(topology, runtime.stage_groups, depth, usual, parallel.deduplicate)
 
 
 def _shared_experts(ops: Ops, moe: MoeConfig, spec: LayerSpec):  # noqa: ANN202

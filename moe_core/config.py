@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from fractions import Fraction
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 RouterName = str
+
+
+def _rational(value: object) -> Fraction:
+    """Exact: 1.3 is 13/10, "4/3" is 4/3."""
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a number or a fraction such as 13/10") from None
+
+
+Rational = Annotated[Fraction, BeforeValidator(_rational), PlainSerializer(str)]
+"""A number that every rank computes with exactly."""
 
 
 class Section(BaseModel):
@@ -108,6 +121,28 @@ class ModelConfig(Section):
         return self
 
 
+class LeastLoadedConfig(Section):
+    """LLEP: a rank's share is ceil(alpha x rows / ranks); below the imbalance threshold (lambda) nothing spills."""
+
+    alpha: Rational = Fraction(1)
+    imbalance_threshold: Rational | None = Fraction(13, 10)
+    min_rows: int = Field(default=1024, gt=0)
+    min_rows_far: int | None = Field(default=None, gt=0)
+    small_remainder: Literal["prose", "pseudocode"] = "prose"
+    spill_order: Literal["global", "source_first"] = "global"
+    max_borrowed: int | None = Field(default=None, ge=0)
+
+
+class RelayoutConfig(Section):
+    """LAER: a layout from the counts of the last `window` calls, used `lag` calls later."""
+
+    window: int = Field(default=5, gt=0)
+    lag: int = Field(default=1, gt=0)
+    hysteresis: Rational = Fraction(2, 100)
+    skip_below: Rational = Fraction(105, 100)
+    rotate: bool = True
+
+
 class ParallelConfig(Section):
     """How the layer runs: never changes its function. `scheme` names a combination (configs/schemes/)."""
 
@@ -124,6 +159,9 @@ class ParallelConfig(Section):
     data_sharding: Literal["none", "full"] = "none"
     data_assignment: Literal["round_robin", "by_domain", "by_affinity"] = "round_robin"
     max_rows_per_rank: int | None = Field(default=None, gt=0)
+    slots_per_rank: int | None = Field(default=None, gt=0)
+    least_loaded: LeastLoadedConfig = LeastLoadedConfig()
+    relayout: RelayoutConfig = RelayoutConfig()
 
 
 class LevelConfig(Section):

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ..backends.protocol import Array, Communicator, Group, Ops
 from .plan import Plan
+from .planning import Planner
 from .residency.base import Residency
 from .routing.base import Memo, Router, Routing, Tokens
 from .transport.base import Exchange, Transport
@@ -40,9 +39,6 @@ class MoEOutput:
     stats: LayerStats | None = field(default=None)
 
 
-Planner = Callable[[np.ndarray], Plan]
-
-
 @dataclass(frozen=True)
 class MoELayer:
     """The collaborators of one layer; the parameters are passed to `__call__` by their own short names."""
@@ -60,7 +56,7 @@ class MoELayer:
 
     def __call__(self, params: Mapping[str, Array], x_TD: Array, tokens: Tokens, memo: Memo) -> MoEOutput:
         routing = self.router.route(params, x_TD, tokens, memo)
-        plan = self.plan(routing, memo)
+        plan = self.plan(routing, tokens, memo)
         rows_ND, exchange = self.transport.dispatch(x_TD, routing, plan)
         out_ND = self.compute(params, rows_ND, exchange, plan)
         y_TD = self.transport.combine(out_ND, routing.weights_TK, exchange)
@@ -68,14 +64,14 @@ class MoELayer:
             y_TD = y_TD + self.shared(params, x_TD)
         return MoEOutput(y_TD, routing.losses, self._stats(routing, plan, exchange))
 
-    def plan(self, routing: Routing, memo: Memo) -> Plan | None:
+    def plan(self, routing: Routing, tokens: Tokens, memo: Memo) -> Plan | None:
         """The layer's one copy to the host: (ranks, experts) counts of kept rows. None in a group of one rank."""
         if self.group.size == 1:
             return None
 
         def decide() -> Plan:
             counts_E = self.ops.count(routing.ids_TK, self.num_experts)
-            return self.planner(self.comm.gather_to_host(counts_E, self.group))
+            return self.planner.plan(self.comm.gather_to_host(counts_E, self.group), tokens.training)
 
         return memo.once("plan", decide)
 

@@ -1,0 +1,137 @@
+"""From `parallel` to the planner of one layer: how counts become a Plan, and what a planner remembers between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from .config import MoeConfig, ParallelConfig
+from .plan import Plan
+from .planners.layout import Layout, strided_layout, tiled_layout
+from .planners.least_loaded import LeastLoadedOptions, plan_least_loaded, plan_least_loaded_sharded
+from .planners.relayout import RelayoutOptions, RelayoutState, advance, next_layout, plan_relayout, start
+from .planners.static import owners, plan_static, slot_table
+
+
+class Planner(Protocol):
+    """counts -> Plan, the same on every rank."""
+
+    def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
+        """The plan of this call. Only training calls are remembered."""
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What it remembers, for checkpoints."""
+        ...
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        """Remember what `state` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stateless:
+    """A planner without memory."""
+
+    function: Callable[[np.ndarray], Plan]
+
+    def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
+        return self.function(counts_RE)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        return
+
+
+@dataclass
+class Relayout:
+    """LAER's planner: the layout of this call was decided `lag` calls ago from the counts before it."""
+
+    options: RelayoutOptions
+    memory: RelayoutState
+    owned_RC: np.ndarray | None
+    layouts_changed: int = field(default=0)
+
+    def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
+        layout = next_layout(self.memory)
+        plan = plan_relayout(counts_RE, layout, self.options, self.owned_RC)
+        if training:
+            self.memory = advance(self.memory, counts_RE, self.options)
+            self.layouts_changed += int((next_layout(self.memory).slots != layout.slots).any())
+        return plan
+
+    def state(self) -> dict[str, np.ndarray]:
+        return self.memory.arrays()
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        self.memory = RelayoutState.of_arrays(state)
+
+
+def make_planner(
+    moe: MoeConfig, parallel: ParallelConfig, ranks: int, node_of: tuple[int, ...] | None = None
+) -> Planner:
+    """The planner of a layer whose experts live on `ranks` ranks."""
+    home_RC = slot_table(owners(moe.num_experts, ranks), ranks)
+    sharded = parallel.residency == "fully_sharded"
+    fewest = home_RC.shape[1]
+    if parallel.planner == "relayout":
+        options = relayout_options(parallel, _slots(parallel, fewest, fewest + 1), node_of)
+        first = tiled_layout(moe.num_experts, ranks, options.slots_per_rank)
+        return Relayout(options, start(first, moe.num_experts, options), None if sharded else home_RC)
+    if parallel.planner == "least_loaded":
+        options = least_loaded_options(parallel, node_of)
+        if not sharded:
+            return Stateless(lambda counts: plan_least_loaded(counts, home_RC, options))
+        slots = _slots(parallel, fewest, fewest + 1)
+        return Stateless(lambda counts: plan_least_loaded_sharded(counts, home_RC, slots, options))
+    if not sharded:
+        return Stateless(lambda counts: plan_static(counts, home_RC))
+    return _fixed_layout(moe.num_experts, ranks, _slots(parallel, fewest, fewest), node_of)
+
+
+def _slots(parallel: ParallelConfig, fewest: int, usual: int) -> int:
+    """C: as configured, but enough for every expert (the same file runs on fewer ranks)."""
+    return max(fewest, parallel.slots_per_rank or usual)
+
+
+def _fixed_layout(num_experts: int, ranks: int, slots: int, node_of: tuple[int, ...] | None) -> Planner:
+    """fsdp_ep, LAER's baseline: a fixed strided layout (replicas where there are more slots than experts)."""
+    layout: Layout = strided_layout(num_experts, ranks, slots)
+    options = RelayoutOptions(slots_per_rank=slots, node_of=node_of)
+    return Stateless(lambda counts: plan_relayout(counts, layout, options))
+
+
+def least_loaded_options(parallel: ParallelConfig, node_of: tuple[int, ...] | None = None) -> LeastLoadedOptions:
+    """The numbers of `parallel.least_loaded`, exact."""
+    c = parallel.least_loaded
+    return LeastLoadedOptions(
+        alpha=c.alpha,
+        lambda_=c.imbalance_threshold,
+        min_rows=c.min_rows,
+        min_rows_far=c.min_rows_far,
+        small_remainder=c.small_remainder,
+        spill_order=c.spill_order,
+        node_of=node_of,
+        max_borrowed=c.max_borrowed,
+        max_rows_per_rank=parallel.max_rows_per_rank,
+    )
+
+
+def relayout_options(parallel: ParallelConfig, slots: int, node_of: tuple[int, ...] | None = None) -> RelayoutOptions:
+    """The numbers of `parallel.relayout`, exact."""
+    c = parallel.relayout
+    return RelayoutOptions(
+        slots_per_rank=slots,
+        node_of=node_of,
+        window=c.window,
+        lag=c.lag,
+        hysteresis=c.hysteresis,
+        skip_below=c.skip_below,
+        rotate=c.rotate,
+    )
+
