@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -94,6 +94,14 @@ def _pieces(plan: Plan, max_rows: int) -> _Pieces:
     high = np.minimum(end[slot], (start[slot] // max_rows + nth + 1) * max_rows)
     filled = high > low
     return _Pieces(slot, high - low, np.where(filled, low // max_rows, 0), nth > 0)
+
+
+def round_plan(plan: Plan, number: int) -> Plan:
+    """What moves in one round: the plan with no rows in other rounds' slots.
+
+    A source's rows of an expert in this round are, in order, those that `plan.destinations` puts into its slots.
+    """
+    return replace(plan, flow=np.where(plan.round == number, plan.flow, 0))
 
 
 def weight_slots(plan: Plan) -> np.ndarray:

@@ -28,10 +28,10 @@ class LeastLoadedOptions:
     alpha: a rank's share is ceil(alpha x rows / ranks). lambda_: below this max / mean over ranks the static plan
     is used; None = never. min_rows: smallest piece worth a GEMM and a weight transfer; min_rows_far: the same
     between nodes (None = min_rows). small_remainder: `prose` leaves what is smaller with the owner (the paper's
-    text), `pseudocode` hands it to helpers (its Alg. 3). spill_order: `global` cuts an expert's rows in
-    order of their source (published), `source_first` gives each rank its own rows first. node_of: node of each
-    rank. max_borrowed: foreign experts that a rank may hold. max_rows_per_rank: lowers the share, not below
-    ceil(rows / ranks), and plans whenever the static plan would exceed it.
+    text), `pseudocode` hands it to helpers (its Alg. 3; not with max_borrowed). spill_order: `global` cuts an
+    expert's rows in order of their source (published), `source_first` gives each rank its own rows first.
+    node_of: node of each rank. max_borrowed: foreign experts that a rank may hold. max_rows_per_rank: lowers the
+    share, not below ceil(rows / ranks), and plans whenever the static plan would exceed it.
     """
 
     alpha: Fraction = Fraction(1)
@@ -118,6 +118,7 @@ def spill_segments(
         near=options.min_rows,
         far=options.min_rows_far or options.min_rows,
         finish=options.small_remainder == "pseudocode",
+        force=options.small_remainder == "pseudocode" and options.max_borrowed is None and not spread,
         spread=spread,
     )
     visit_E = np.argsort(-load_E, kind="stable")

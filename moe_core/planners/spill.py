@@ -18,14 +18,15 @@ class SpillRule(NamedTuple):
     """Numbers of one assignment.
 
     cap: rows that a rank should not exceed; near, far: smallest piece for a helper on the owner's node and
-    elsewhere; finish: a piece below that is fine when it finishes the expert, and what no helper takes is forced
-    on the least loaded one; spread: what no helper takes is levelled over all holders, instead of the owner.
+    elsewhere; finish: a smaller piece is fine when it finishes the expert. What no helper takes stays with the owner,
+    unless force: all of it goes to the least loaded helper, or spread: it is levelled over the expert's holders.
     """
 
     cap: int
     near: int
     far: int
     finish: bool
+    force: bool
     spread: bool
 
 
@@ -59,9 +60,9 @@ def assign(
         turn = 0
         while rest > 0:
             helper = _choose(rest, owner, turn_ER[e], level_R, free_R, node_R, rule)
-            forced = helper < 0 and rule.finish
+            forced = helper < 0 and rule.force
             if forced:
-                helper = _least_loaded(owner, turn_ER[e], level_R, free_R, node_R)
+                helper = _least_loaded(owner, level_R)
             if helper < 0:
                 break
             piece = rest if forced else min(rest, rule.cap - level_R[helper])
@@ -104,13 +105,11 @@ def _choose(
 
 
 @jit
-def _least_loaded(owner: int, turn_R: np.ndarray, level_R: np.ndarray, free_R: np.ndarray, node_R: np.ndarray) -> int:
-    """The helper with the lowest level that may hold the expert, room or not; -1 if there is none."""
+def _least_loaded(owner: int, level_R: np.ndarray) -> int:
+    """The rank with the lowest level that is not the owner, room or not; -1 if there is none."""
     best = -1
     for h in range(level_R.size):
-        if h == owner or (turn_R[h] == 0 and free_R[h] <= 0):
-            continue
-        if best < 0 or level_R[h] < level_R[best]:
+        if h != owner and (best < 0 or level_R[h] < level_R[best]):
             best = h
     return best
 
