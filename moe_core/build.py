@@ -63,7 +63,7 @@ def make_runtime(
     parallel: ParallelConfig | None = None,
     cluster: ClusterConfig | None = None,
 ) -> Runtime:
-    """All groups of the mesh, and those of hierarchical exchanges over `cluster`; every rank calls it at the same time."""
+    """All groups of the mesh, and those of hierarchical exchanges over `cluster`. Collective."""
     groups = {name: comm.group(name, mesh.partition(*axes)) for name, axes in GROUPS.items()}
     topology = topology_of(cluster or ClusterConfig(), mesh.partition("expert"))
     hierarchical = parallel is not None and parallel.transport == "hierarchical_dedup"

@@ -13,10 +13,11 @@ import numpy as np
 from ..backends.protocol import Array, Component, LayerModule
 from ..backends.registry import Backend, load, read_launch
 from .build import LayerSpec, build_layer, make_runtime
-from .config import MoeConfig, ParallelConfig
+from .config import ClusterConfig, MoeConfig, ParallelConfig
 from .layer import MoEOutput
 from .mesh import Mesh
 from .routing.base import Memo, Tokens
+from .topology import cluster_of_launch
 from .transformer import scoped
 
 
@@ -40,8 +41,10 @@ def build_moe_layer(
     moe = moe if isinstance(moe, MoeConfig) else MoeConfig.model_validate(moe)
     parallel = parallel if isinstance(parallel, ParallelConfig) else ParallelConfig.model_validate(parallel or {})
     home = backend if isinstance(backend, Backend) else load(backend)
-    comm = home.comm.connect(read_launch())
-    runtime = make_runtime(home.ops, comm, mesh or Mesh.over(comm.size, expert=comm.size))
+    launch = read_launch()
+    comm = home.comm.connect(launch)
+    cluster = cluster_of_launch(launch, ClusterConfig())
+    runtime = make_runtime(home.ops, comm, mesh or Mesh.over(comm.size, expert=comm.size), parallel, cluster)
     prefix = f"{name}."
     parts = build_layer(moe, parallel, runtime, LayerSpec(hidden_size, prefix, seed))
 

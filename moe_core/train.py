@@ -27,6 +27,7 @@ from .metrics import MetricsWriter
 from .model import Model, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
 from .run_folder import model_hash
+from .topology import cluster_of_launch
 
 SCALARS = ("cross_entropy", "loss/load_balance", "loss/z", "loss/locality", "rows/sent", "rows/computed", "rows/local")
 
@@ -35,6 +36,7 @@ def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume:
     """Train `config` as one rank of the job; returns the summary (the same on every rank)."""
     check_ranks(config, launch.size)
     check_trainable(config)
+    config = config.model_copy(update={"cluster": cluster_of_launch(launch, config.cluster)})
     comm = backend.comm.connect(launch)
     try:
         session = Session.open(config, backend, comm, run_dir)
@@ -92,7 +94,7 @@ class Session:
     def open(cls, config: Config, backend: Backend, comm: Communicator, run_dir: Path) -> Session:
         """Data, mesh, model and optimizer of this rank."""
         data = open_data(config.data, config.train)
-        runtime = make_runtime(backend.ops, comm, mesh_of(config, comm.size))
+        runtime = make_runtime(backend.ops, comm, mesh_of(config, comm.size), config.parallel, config.cluster)
         data.batch(0).for_rank(0, runtime.mesh.token_ranks)
         model = build_model(config, runtime)
         train = config.train
