@@ -28,13 +28,24 @@ class BackendError(Exception):
 
 @dataclass(frozen=True)
 class Home:
-    """Where a backend lives. device_files: what must exist for `auto` to look further, cheaply."""
+    """Where a backend lives. extra: what to install. device_files: patterns of which one must exist (none: the host)."""
 
     module: str
-    install: str
+    extra: str | None = None
     launcher: Launcher = "torchrun"
-    device_files: str | None = None
+    device: str | None = None
+    device_files: tuple[str, ...] = ()
     internal: bool = False
+
+    @property
+    def remedy(self) -> str:
+        """What to do where it does not work."""
+        package = f"twinmoe[{self.extra}]" if self.extra else "torch"
+        return f"install {package}" + (f" on a machine with {self.device}" if self.device else "")
+
+    def has_device(self) -> bool:
+        """Whether a device is there, by a look at the file system that costs nothing."""
+        return not self.device_files or any(glob.glob(pattern) for pattern in self.device_files)
 
 
 class HomeModule(Protocol):
@@ -49,22 +60,18 @@ class HomeModule(Protocol):
         ...
 
 
+_NPU = ("/dev/davinci[0-9]*",)
+_GPU = ("/dev/nvidia[0-9]*", "/dev/dxg")
+
 HOMES: Mapping[str, Home] = {
-    "cpu": Home(".torch_shared.cpu", "install torch"),
-    "cuda": Home("..cuda.backend", "install twinmoe[cuda] on a machine with an NVIDIA GPU"),
-    "ascend": Home(
-        "..ascend.mindspore.npu",
-        "install twinmoe[ascend] and CANN on a machine with an Ascend NPU",
-        launcher="msrun",
-        device_files="/dev/davinci[0-9]*",
-    ),
+    "cpu": Home(".torch_shared.cpu"),
+    "cuda": Home("..cuda.backend", "cuda", device="an NVIDIA GPU", device_files=_GPU),
+    "ascend": Home("..ascend.mindspore.npu", "ascend", "msrun", "an Ascend NPU and CANN", _NPU),
     "ascend-torch": Home(
-        "..ascend.torch_npu.backend",
-        "install twinmoe[ascend-torch] and CANN on a machine with an Ascend NPU",
-        device_files="/dev/davinci[0-9]*",
+        "..ascend.torch_npu.backend", "ascend-torch", device="an Ascend NPU and CANN", device_files=_NPU
     ),
-    "mindspore-cpu": Home("..ascend.mindspore.cpu", "install twinmoe[ascend]"),
-    "reference": Home(".reference", "install numpy", internal=True),
+    "mindspore-cpu": Home("..ascend.mindspore.cpu", "ascend"),
+    "reference": Home(".reference", internal=True),
 }
 NAMES = (AUTO, *(name for name, home in HOMES.items() if not home.internal))
 AUTO_ORDER = ("ascend", "ascend-torch", "cuda", "cpu")
@@ -124,7 +131,7 @@ def choose(command_line: str | None = None, file: str | None = None) -> Choice:
     if not found.available:
         raise BackendError(
             f"backend {name!r} (from the {decided_by}) does not work here: {found.reason}; "
-            f"{HOMES[name].install}, or choose {_working(name)}"
+            f"{HOMES[name].remedy}, or choose {_working(name)}"
         )
     return Choice(name, decided_by, found.reason)
 
@@ -168,6 +175,13 @@ def probe_all() -> dict[str, Probe]:
     return {name: probe(name) for name, home in HOMES.items() if not home.internal}
 
 
+def fitting_extra() -> str | None:
+    """The extra that this machine's devices ask for, whether it is installed or not."""
+    return next(
+        (HOMES[name].extra for name in AUTO_ORDER if HOMES[name].device_files and HOMES[name].has_device()), None
+    )
+
+
 def launcher_name(backend: str) -> Launcher:
     """Which launcher starts the workers of a backend."""
     return HOMES[backend].launcher
@@ -201,14 +215,14 @@ def _automatic(decided_by: str) -> Choice:
     why_not = []
     for name in AUTO_ORDER:
         home = HOMES[name]
-        if home.device_files and not glob.glob(home.device_files):
+        if not home.has_device():
             why_not.append(f"{name}: no device")
             continue
         found = probe(name)
         if found.available:
             return Choice(name, decided_by, "; ".join([found.reason, *why_not]))
         why_not.append(f"{name}: {found.reason}")
-    raise BackendError(f"no backend works here ({'; '.join(why_not)}); {HOMES['cpu'].install}")
+    raise BackendError(f"no backend works here ({'; '.join(why_not)}); {HOMES['cpu'].remedy}")
 
 
 def _working(but: str) -> str:
@@ -236,6 +250,7 @@ __all__ = [
     "LaunchError",
     "Probe",
     "choose",
+    "fitting_extra",
     "is_scheduler",
     "launcher_name",
     "load",

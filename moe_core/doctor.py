@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backends.registry import HOMES, BackendError, choose, probe_all
+from ..backends.registry import HOMES, BackendError, choose, fitting_extra, probe_all
 from .run_folder import library_versions
 
 
 def examine() -> dict[str, Any]:
-    """The JSON of `doctor`. `extra`: what to install for the chosen backend, as `twinmoe[extra]`."""
+    """The JSON of `doctor`. `extra`: what this machine's devices ask to install, as `twinmoe[extra]`."""
     found = probe_all()
     backends = {
         name: {
@@ -17,21 +17,16 @@ def examine() -> dict[str, Any]:
             "reason": probe.reason,
             "versions": dict(probe.versions),
             "devices": probe.devices,
-            "remedy": None if probe.available else HOMES[name].install,
+            "remedy": None if probe.available else HOMES[name].remedy,
         }
         for name, probe in found.items()
     }
+    common = {"backends": backends, "versions": library_versions(), "extra": fitting_extra()}
     try:
         choice = choose()
     except BackendError as error:
-        return {"chosen": None, "decided_by": "nothing works", "why": str(error), "backends": backends}
-    return {
-        "chosen": choice.name,
-        "decided_by": choice.decided_by,
-        "why": choice.reason,
-        "backends": backends,
-        "versions": library_versions(),
-    }
+        return {"chosen": None, "decided_by": "nothing works", "why": str(error), **common}
+    return {"chosen": choice.name, "decided_by": choice.decided_by, "why": choice.reason, **common}
 
 
 def lines(report: dict[str, Any]) -> list[str]:

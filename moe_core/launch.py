@@ -42,25 +42,30 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Local workers of one run. port None: a free one."""
+    """Local workers of one run."""
 
     order: Order
     nproc: int
     launcher: Launcher
-    port: int | None = None
+    port: int
 
     @property
     def logs(self) -> Path:
         return self.order.run_dir / LOGS
 
-    def command(self, port: int) -> list[str]:
+    def command(self) -> list[str]:
         """The launcher's command line."""
         if self.launcher == "msrun":
             words = ["mindspore.parallel.cluster.run", f"--worker_num={self.nproc}", f"--local_worker_num={self.nproc}"]
-            words += [f"--master_port={port}", f"--log_dir={self.logs / 'msrun'}", "--join=True", "--bind_core=False"]
+            words += [
+                f"--master_port={self.port}",
+                f"--log_dir={self.logs / 'msrun'}",
+                "--join=True",
+                "--bind_core=False",
+            ]
             return [sys.executable, "-m", *words, "python", "-m", WORKER, *self.order.words()]
         words = ["torch.distributed.run", f"--nproc-per-node={self.nproc}"]
-        words += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", WORKER]
+        words += ["--master-addr=127.0.0.1", f"--master-port={self.port}", "-m", WORKER]
         return [sys.executable, "-m", *words, *self.order.words()]
 
 
@@ -84,9 +89,8 @@ def run_job(job: Job, watcher: Watcher) -> dict[str, Any]:
     The first SIGINT or SIGTERM asks the job to save and end after this step, the second ends it at once.
     Raises JobFailedError with the first failing rank's own traceback; by then no worker is left.
     """
-    port = free_port(job.port)
     _forget_earlier_ends(job)
-    with (job.logs / _LAUNCHER_LOG).open("ab") as log, _Workers(job.command(port), log).running() as workers:
+    with (job.logs / _LAUNCHER_LOG).open("ab") as log, _Workers(job.command(), log).running() as workers:
         failed_at = None
         while workers.alive():
             watcher.poll()

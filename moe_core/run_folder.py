@@ -18,6 +18,7 @@ from ..backends.registry import Backend
 from .combinations import ConfigError
 from .compose import dump
 from .config import Config
+from .metrics import METRICS
 
 CONFIG, ENVIRONMENT, SUMMARY, LOGS, CHECKPOINTS = (
     "config.yaml",
@@ -51,15 +52,18 @@ def default_run_dir(config: Config) -> Path:
 
 
 def open_run_folder(run_dir: Path, config: Config, resume: bool) -> None:
-    """Make the folder and write the config. ConfigError if it is in use and this is not a resume, or is no folder."""
+    """Make the folder and write the config; one in which no step was made is taken over.
+
+    ConfigError if steps are there and this is not a resume, or if it is no folder for runs.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"{run_dir} is a file; choose another --run-dir")
-    in_use = run_dir.is_dir() and (run_dir / CONFIG).exists()
-    if in_use and not resume:
+    known = (run_dir / CONFIG).exists()
+    if (run_dir / METRICS).exists() and not resume:
         raise ConfigError(
             f"the run folder {run_dir} exists; continue it with --resume auto or choose another --run-dir"
         )
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not in_use:
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not known:
         raise ConfigError(f"{run_dir} holds other files and is not a run folder; choose another --run-dir")
     try:
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)

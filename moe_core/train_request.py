@@ -12,7 +12,7 @@ from ..backends.registry import Choice, choose, launcher_name, probe, read_launc
 from .combinations import ConfigError, check_ranks, check_trainable
 from .compose import command_line_backend, load_config
 from .config import Config
-from .launch import Job, run_job
+from .launch import Job, free_port, run_job
 from .progress import RunView
 from .run_folder import CONFIG, default_run_dir, open_run_folder
 from .worker import Order, work
@@ -96,8 +96,9 @@ def start(resolved: Resolved, console: Console) -> dict[str, Any]:
     """
     if surrounding_launcher():
         return _join(resolved, console)
+    port = free_port(resolved.port)
     open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
-    job = Job(resolved.order, resolved.ranks, launcher_name(resolved.choice.name), resolved.port)
+    job = Job(resolved.order, resolved.ranks, launcher_name(resolved.choice.name), port)
     console.print(resolved.start_line(), highlight=False, soft_wrap=True)
     with RunView(resolved.run_dir, resolved.config.train.steps, console) as view:
         return run_job(job, view)

@@ -1,0 +1,70 @@
+# make train    set up and train the quick-start experiment
+# make test     set up and run the tests, under 10 minutes on 2 cores
+# make test-all the same with the long ones
+# make check    lint and types
+# make bench    benchmarks, by hand
+# make links    build/path/twinmoe/*: for type checkers and editors
+#
+# VENV=DIR puts the environment elsewhere; VENV=0 uses the current one, for containers with a stack of their own.
+VENV ?= .venv
+PYTHON ?= python3
+FOLDERS = moe_core backends cuda ascend configs
+PYTEST_ARGS ?=
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+ifeq ($(VENV),0)
+PY = $(PYTHON)
+BASE = installed
+DEV = installed
+else
+PY = $(VENV)/bin/python
+BASE = $(VENV)/base.done
+DEV = $(VENV)/dev.done
+endif
+TWINMOE = $(PY) -m twinmoe.moe_core.cli
+PIP = $(PY) -m pip install -q -c constraints.txt
+
+.PHONY: train test test-all check bench links installed
+train: $(BASE)
+	@extra=$$($(TWINMOE) doctor --json | $(PY) -c "import json, sys; print(json.load(sys.stdin)['extra'] or '')"); \
+	if [ "$(VENV)" != 0 ] && [ -n "$$extra" ]; then echo "installing the extra $$extra"; $(PIP) -e ".[$$extra]"; fi
+	$(TWINMOE) doctor
+	$(TWINMOE) train quickstart
+
+test: $(DEV)
+	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(DEV)
+	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+check: $(DEV) links
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+bench: $(DEV)
+	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+
+links:
+	@mkdir -p build/path/twinmoe
+	@for d in $(FOLDERS); do ln -sfn ../../../$$d build/path/twinmoe/$$d; done
+	@ln -sfn ../../../tests build/path/twinmoe/testing
+
+installed:
+	@$(PY) -c "import twinmoe.moe_core" 2>/dev/null || $(PY) -m pip install -q -e .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: on its own pip takes the build that fits the machine
+$(VENV)/base.done: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+# a torch for GPUs brings the triton that it needs, one for CPUs brings none
+$(VENV)/dev.done: $(VENV)/base.done
+	$(PY) -c "import triton" 2>/dev/null || $(PIP) triton==3.6.0
+	$(PIP) -e ".[dev,ascend,cuda,hf,report]"
+	@touch $@
