@@ -135,6 +135,18 @@ class Ops(Protocol):
         """
         ...
 
+    def router_topk(
+        self, x_NHD: Array, w_HDE: Array, bias_HE: Array | None, k: int, ids_NHK: Array | None = None
+    ) -> tuple[Array, Array]:
+        """(logits, ids), both (N, H, k), of H routers: the k largest of x @ w + bias, best first, and their x @ w.
+
+        Ties go to the lower id; NaN counts as minus infinity. Scores, in at least float32, are taken a tile of
+        experts at a time: (N, H, E) exists neither forward nor backward. The logits carry gradient to x and w
+        (deterministic, zero for experts that nobody chose), none to the bias. ids: these experts instead of the
+        best, so that recomputation replays a decision.
+        """
+        ...
+
     def expert_mlp(
         self, x_ND: Array, w_up: Array, w_down: Array, counts_G: Array, activation: Literal["swiglu", "gelu"]
     ) -> Array:

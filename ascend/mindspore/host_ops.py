@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from typing import cast as typed
+
 from mindspore import Tensor
 
-from ...backends.protocol import DType
+from ...backends import streaming
+from ...backends.protocol import DType, Ops
 from . import ops
 from .host_experts import expert_mlp, grouped_matmul
 from .host_rows import argsort, combine_rows, count, invert, sum_rows, take_rows, topk
@@ -50,6 +54,7 @@ __all__ = [
     "logsumexp",
     "relu",
     "rms_norm",
+    "router_topk",
     "sigmoid",
     "softmax",
     "split",
@@ -69,6 +74,13 @@ def cast(x: Tensor, dtype: DType) -> Tensor:
     """Convert a floating tensor; the gradient is converted back. ValueError for bfloat16, which the host can't compute."""
     check_dtype(dtype)
     return ops.cast(x, dtype)
+
+
+def router_topk(
+    x_NHD: Tensor, w_HDE: Tensor, bias_HE: Tensor | None, k: int, ids_NHK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(logits, ids) of the k best experts of each row and head; the scores exist a tile at a time."""
+    return streaming.router_topk(typed(Ops, sys.modules[__name__]), x_NHD, w_HDE, bias_HE, k, ids_NHK)
 
 
 def check_dtype(dtype: DType) -> None:

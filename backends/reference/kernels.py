@@ -158,6 +158,19 @@ def grouped_matmul(x: np.ndarray, w: np.ndarray, counts: np.ndarray) -> Result:
     return y, vjp
 
 
+def chosen_logits(x: np.ndarray, w: np.ndarray, ids: np.ndarray) -> Result:
+    """x[n, h] . w[h, :, ids[n, h, k]], shape (N, H, K)."""
+    heads = np.arange(w.shape[0])[:, None]
+    columns = w.transpose(0, 2, 1)[heads, ids]  # (N, H, K, D)
+
+    def vjp(g: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
+        dw = np.zeros((w.shape[0], w.shape[2], w.shape[1]))
+        np.add.at(dw, (heads, ids), g[..., None] * x[:, :, None])
+        return (g[..., None] * columns).sum(2), dw.transpose(0, 2, 1), None
+
+    return (x[:, :, None] * columns).sum(-1), vjp
+
+
 def blocks(counts: np.ndarray) -> Iterator[tuple[int, slice]]:
     """(group, its rows) in order."""
     start = 0

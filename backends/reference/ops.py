@@ -140,6 +140,16 @@ def grouped_matmul(x_ND: Var, w_GDF: Var, counts_G: Var) -> Var:
     return apply(kernels.grouped_matmul, x_ND, w_GDF, counts_G)
 
 
+def router_topk(x_NHD: Var, w_HDE: Var, bias_HE: Var | None, k: int, ids_NHK: Var | None = None) -> tuple[Var, Var]:
+    """The definition: all scores at once, and a stable sort. ValueError when k exceeds the number of experts."""
+    if ids_NHK is None:
+        scores = np.einsum("nhd,hde->nhe", x_NHD.value, w_HDE.value)
+        scores = scores if bias_HE is None else scores + lift(bias_HE).value
+        rows, heads, num = scores.shape
+        ids_NHK = topk(Var(scores.reshape(rows * heads, num)), k).reshape((rows, heads, k))
+    return apply(kernels.chosen_logits, x_NHD, w_HDE, ids_NHK), ids_NHK
+
+
 def expert_mlp(x_ND: Var, w_up: Var, w_down: Var, counts_G: Var, activation: Literal["swiglu", "gelu"]) -> Var:
     up = grouped_matmul(x_ND, w_up, counts_G)
     if activation == "gelu":

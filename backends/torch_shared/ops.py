@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from .router import router_topk, topk
+
+__all__ = ["router_topk", "topk"]
+
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -83,19 +87,6 @@ def softmax(x: Tensor) -> Tensor:
 
 def logsumexp(x: Tensor) -> Tensor:
     return torch.logsumexp(x, -1)
-
-
-def topk(scores_TE: Tensor, k: int) -> Tensor:
-    scores = torch.nan_to_num(scores_TE.detach(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    num = scores.shape[-1]
-    if k == num:
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    best, ids = torch.topk(scores, k + 1, dim=-1)
-    # torch.topk breaks ties arbitrarily: a row with equal neighbours among its k + 1 best is sorted stably instead
-    tied = (best[:, 1:] == best[:, :-1]).any(-1)
-    ids = ids[:, :k]
-    exact = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[:, :k]
-    return ids.index_put((tied.nonzero()[:, 0],), exact) if exact.shape[0] else ids.contiguous()
 
 
 def argsort(keys_N: Tensor) -> Tensor:
