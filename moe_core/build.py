@@ -17,7 +17,7 @@ from .residency.base import Residency
 from .residency.borrowed import Borrowed
 from .residency.fully_sharded import FullySharded
 from .residency.owned import Owned
-from .routing import make_router
+from .routing import RouterContext, make_router
 from .topology import Topology, flat_topology, topology_of
 from .transformer import Declare, mlp, mlp_parameters
 from .transport.base import Transport
@@ -89,6 +89,8 @@ class LayerSpec:
     std: float = 0.02
     std_down: float = 0.02
     checkpoint_experts: bool = False
+    layer: int = 0
+    vocab_size: int | None = None
 
 
 def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> LayerParts:
@@ -98,7 +100,8 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
         raise ValueError(
             f"expert_parallel_size={group.size} exceeds moe.num_experts={moe.num_experts}; choose at most one rank per expert"
         )
-    router = make_router(ops, moe, spec.width, spec.seed, spec.std)
+    place = (spec.layer, spec.vocab_size, runtime.comm, runtime.groups["world"])
+    router = make_router(RouterContext(ops, moe, spec.width, spec.seed, spec.std, *place))
     residency = _residency(moe, parallel, runtime, spec)
     shared, shared_parameters = _shared_experts(ops, moe, spec)
     layer = MoELayer(

@@ -22,12 +22,18 @@ from .transport.base import Exchange, Transport
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What happened: chosen_E counts choices before dropping (device); plan is None where nothing travels."""
+    """What happened: chosen_E counts choices before dropping (device); plan is None where nothing travels.
+
+    statistics: integer arrays by name, for `Router.update_state` once summed over micro-batches and ranks; nan_T:
+    tokens whose router scores were not finite.
+    """
 
     chosen_E: Array
     kept_E: Array
     plan: Plan | None
     exchange: Exchange
+    statistics: Mapping[str, Array] = field(default_factory=dict)
+    nan_T: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -84,4 +90,6 @@ class MoELayer:
     def _stats(self, routing: Routing, plan: Plan | None, exchange: Exchange) -> LayerStats:
         chosen_E = self.ops.count(routing.chosen_TK, self.num_experts)
         same = routing.ids_TK is routing.chosen_TK
-        return LayerStats(chosen_E, chosen_E if same else self.ops.count(routing.ids_TK, self.num_experts), plan, exchange)
+        kept_E = chosen_E if same else self.ops.count(routing.ids_TK, self.num_experts)
+        statistics = {"chosen_E": chosen_E, "kept_E": kept_E, **routing.statistics}
+        return LayerStats(chosen_E, kept_E, plan, exchange, statistics, routing.nan_T)

@@ -13,7 +13,8 @@ from .build import LayerParts, LayerSpec, Runtime, build_layer
 from .config import Config
 from .data import GlobalBatch
 from .layer import LayerStats
-from .routing.base import Memo, Tokens
+from .routing.base import Memo, Router, State, Tokens
+from .routing.losses import combine_layers, loss_coefficients
 from .transformer import (
     Declare,
     Params,
@@ -55,37 +56,51 @@ class Model:
     components: tuple[Component, ...]
     moe_layers: tuple[int, ...]
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    routers: Mapping[int, Router] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Parameter]:
         """All parameters of this rank by name."""
         return {p.name: p for component in self.components for p in component.parameters}
 
+    def initial_router_states(self) -> dict[int, dict[str, np.ndarray]]:
+        """What routers learn without gradients, by layer, before the first step."""
+        return {index: router.initial_state() for index, router in self.routers.items()}
+
     def loss(
-        self, modules: Mapping[str, Callable[..., Any]], batch: GlobalBatch, step: int = 0, training: bool = True
+        self,
+        modules: Mapping[str, Callable[..., Any]],
+        batch: GlobalBatch,
+        step: int = 0,
+        training: bool = True,
+        router_states: Mapping[int, State] | None = None,
     ) -> tuple[Array, StepOutput]:
         """This micro-batch's contribution to the loss of the whole optimizer step, and what it is made of."""
+        states = self.initial_router_states() if router_states is None else router_states
         inputs = self._inputs(batch, step, training)
         x_SLD = modules["vocabulary"]("embed", self.ops.asarray(batch.tokens_SL.reshape(-1)), batch.tokens_SL.shape)
         auxiliary: dict[str, Array] = {}
         stats: list[LayerStats] = []
         for index in range(self.config.model.num_layers):
-            x_SLD, losses, seen = self._block(modules[f"layers.{index}"], x_SLD, inputs)
+            x_SLD, losses, seen = self._block(modules[f"layers.{index}"], x_SLD, inputs, Memo(states.get(index, {})))
             stats += [] if seen is None else [seen]
             for name, value in losses.items():
                 auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
         cross_entropy = modules["vocabulary"]("loss", x_SLD, batch)
         loss = cross_entropy
+        auxiliary = combine_layers(self.ops, self.config.moe, auxiliary, inputs.tokens.total, inputs.tokens.layers)
+        coefficients = loss_coefficients(self.config.moe, step)
         for name, value in auxiliary.items():
-            loss = loss + value * self.coefficients[name]
+            loss = loss + value * coefficients.get(name, 1.0)
         return loss, StepOutput(
             self.ops.stop_gradient(cross_entropy),
             {name: self.ops.stop_gradient(value) for name, value in auxiliary.items()},
             tuple(stats),
         )
 
-    def _block(self, module: Callable[..., Any], x_SLD: Array, inputs: Inputs) -> tuple[Array, dict[str, Array], Any]:
-        memo = Memo()
+    def _block(
+        self, module: Callable[..., Any], x_SLD: Array, inputs: Inputs, memo: Memo
+    ) -> tuple[Array, dict[str, Array], Any]:
         if self.config.train.recompute != "layer":
             return module(x_SLD, inputs, memo)
         return self.ops.checkpoint(lambda x: module(x, inputs, memo), x_SLD)
@@ -101,6 +116,7 @@ class Model:
             token_ids_T=ops.asarray(batch.tokens_SL.reshape(-1)),
             sequence_positions=batch.positions_S,
             global_sequences=self.config.train.global_batch_size,
+            domains_S=batch.domain_S,
             step=step,
             training=training,
         )
@@ -123,13 +139,11 @@ def build_model(config: Config, runtime: Runtime) -> Model:
     """The components of `config` on this rank's place in the mesh."""
     model = config.model
     moe_layers = tuple(range(model.num_dense_layers, model.num_layers))
-    blocks = [_build_block(config, runtime, i, i in moe_layers) for i in range(model.num_layers)]
-    coefficients = {
-        "load_balance": config.moe.aux_loss_coeff,
-        "z": config.moe.z_loss_coeff,
-        "locality": config.moe.locality_loss_coeff,
-    }
-    return Model(config, runtime.ops, (_build_vocabulary(config, runtime), *blocks), moe_layers, coefficients)
+    parts = [_feed_forward(config, runtime, i, i in moe_layers) for i in range(model.num_layers)]
+    blocks = [_build_block(config, runtime, i, part) for i, part in enumerate(parts)]
+    routers = {i: part.layer.router for i, part in enumerate(parts) if isinstance(part, LayerParts)}
+    components = (_build_vocabulary(config, runtime), *blocks)
+    return Model(config, runtime.ops, components, moe_layers, loss_coefficients(config.moe), routers)
 
 
 def _build_vocabulary(config: Config, runtime: Runtime) -> Component:
@@ -156,7 +170,7 @@ def _build_vocabulary(config: Config, runtime: Runtime) -> Component:
     return Component("vocabulary", tuple(parameters), forward)
 
 
-def _build_block(config: Config, runtime: Runtime, index: int, is_moe: bool) -> Component:
+def _build_block(config: Config, runtime: Runtime, index: int, parts: LayerParts | Sequence[Parameter]) -> Component:
     """norm -> attention -> residual -> norm -> feed-forward -> residual; forward(x_SLD, Inputs, Memo)."""
     model, ops = config.model, runtime.ops
     prefix = f"layers.{index}."
@@ -164,7 +178,6 @@ def _build_block(config: Config, runtime: Runtime, index: int, is_moe: bool) -> 
     norms = Declare(prefix, config.train.seed)
     parameters = [*attention_parameters(model, declare), norms.norm("norm_1", model.hidden_size)]
     parameters.append(norms.norm("norm_2", model.hidden_size))
-    parts = _feed_forward(config, runtime, prefix, is_moe)
     parameters += parts.parameters if isinstance(parts, LayerParts) else parts
 
     def forward(params: Params, x_SLD: Array, inputs: Inputs, memo: Memo) -> tuple[Array, Mapping[str, Array], Any]:
@@ -181,11 +194,12 @@ def _build_block(config: Config, runtime: Runtime, index: int, is_moe: bool) -> 
     return Component(f"layers.{index}", tuple(parameters), forward)
 
 
-def _feed_forward(config: Config, runtime: Runtime, prefix: str, is_moe: bool) -> LayerParts | Sequence[Any]:
-    model, seed = config.model, config.train.seed
+def _feed_forward(config: Config, runtime: Runtime, index: int, is_moe: bool) -> LayerParts | Sequence[Parameter]:
+    model, seed, prefix = config.model, config.train.seed, f"layers.{index}."
     if is_moe:
         recompute = config.train.recompute == "experts"
-        spec = LayerSpec(model.hidden_size, prefix + "moe.", seed, model.init_std, output_std(model), recompute)
+        stds = (model.init_std, output_std(model))
+        spec = LayerSpec(model.hidden_size, prefix + "moe.", seed, *stds, recompute, index, model.vocab_size)
         return build_layer(config.moe, config.parallel, runtime, spec)
     hidden = model.dense_hidden_size or config.moe.expert_hidden_size * config.moe.top_k
     stds = (model.init_std, output_std(model))

@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from ...backends.protocol import Ops
-from ..config import MoeConfig
-from .base import Memo, Router, Routing, Tokens
-from .topk import TopKRouter
+from .base import Choice, Chooser, Memo, Router, RouterContext, Routing, Tokens
+from .expert_choice import ExpertChoice
+from .gate import gate
+from .grap import GroupedAveragePooling, TokenResonance
+from .hashed import HashRouter, Hierarchical
+from .pipeline import ChooserRouter
+from .topk import LearnedGate
 
-__all__ = ["Memo", "Router", "Routing", "Tokens", "make_router", "register_router", "router_names"]
+__all__ = [
+    "Choice",
+    "Chooser",
+    "Memo",
+    "Router",
+    "RouterContext",
+    "Routing",
+    "Tokens",
+    "gate",
+    "make_router",
+    "register_router",
+    "router_names",
+]
 
-RouterFactory = Callable[[Ops, MoeConfig, int, int, float], Router]
+ChooserFactory = Callable[[RouterContext], Chooser]
 
 
-def _switch(ops: Ops, moe: MoeConfig, width: int, seed: int, std: float) -> Router:
-    """Switch: top-1, weighted by its own softmax probability."""
-    return TopKRouter(ops, moe.model_copy(update={"top_k": 1, "norm_topk_prob": False}), width, seed, std)
+def _with(factory: ChooserFactory, **fields: Any) -> Callable[[RouterContext], Router]:
+    """A router whose name settles some of the config's fields."""
+
+    def make(context: RouterContext) -> Router:
+        settled = replace(context, moe=context.moe.model_copy(update=fields))
+        return ChooserRouter(settled, factory(settled))
+
+    return make
 
 
-_ROUTERS: dict[str, RouterFactory] = {"topk": TopKRouter, "switch": _switch}
+_ROUTERS: dict[str, Callable[[RouterContext], Router]] = {
+    "topk": _with(LearnedGate),
+    "switch": _with(LearnedGate, top_k=1, norm_topk_prob=False),
+    "grap": _with(GroupedAveragePooling),
+    "hash": _with(HashRouter),
+    "hierarchical": _with(Hierarchical),
+    "domain": _with(Hierarchical),
+    "random_routed": _with(Hierarchical, inner_router="random"),
+    "expert_token_resonance": _with(TokenResonance),
+    "expert_choice": _with(ExpertChoice),
+}
 
 
-def register_router(name: str, factory: RouterFactory) -> None:
-    """Make `moe.router: name` known. ValueError if the name is taken."""
+def register_router(name: str, factory: ChooserFactory) -> None:
+    """Make `moe.router: name` known: factory(context) returns a `Chooser`. ValueError if the name is taken."""
     if name in _ROUTERS:
         raise ValueError(f"a router named {name!r} exists already; choose another name")
-    _ROUTERS[name] = factory
+    _ROUTERS[name] = _with(factory)
 
 
 def router_names() -> list[str]:
@@ -34,8 +66,9 @@ def router_names() -> list[str]:
     return sorted(_ROUTERS)
 
 
-def make_router(ops: Ops, moe: MoeConfig, width: int, seed: int, std: float) -> Router:
-    """The router `moe.router` for tokens of `width`. ValueError for an unknown name."""
-    if moe.router not in _ROUTERS:
-        raise ValueError(f"moe.router={moe.router!r} is unknown; choose one of {', '.join(router_names())}")
-    return _ROUTERS[moe.router](ops, moe, width, seed, std)
+def make_router(context: RouterContext) -> Router:
+    """The router `moe.router`. ValueError for an unknown name."""
+    name = context.moe.router
+    if name not in _ROUTERS:
+        raise ValueError(f"moe.router={name!r} is unknown; choose one of {', '.join(router_names())}")
+    return _ROUTERS[name](context)
