@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -96,12 +96,27 @@ def _pieces(plan: Plan, max_rows: int) -> _Pieces:
     return _Pieces(slot, high - low, np.where(filled, low // max_rows, 0), nth > 0)
 
 
-def round_plan(plan: Plan, number: int) -> Plan:
-    """What moves in one round: the plan with no rows in other rounds' slots.
+def round_plan(split: Plan, number: int) -> Plan:
+    """One round of a split plan on the slots it had before it was split, so that weights are where they were.
 
-    A source's rows of an expert in this round are, in order, those that `plan.destinations` puts into its slots.
+    A source's rows of this round are those that `destinations(split, ...)` puts into slots of the round; among them
+    `destinations(round_plan(split, number), ...)` names the slots of the plan before the split.
     """
-    return replace(plan, flow=np.where(plan.round == number, plan.flow, 0))
+    ranks, width = split.slots.shape
+    first = weight_slots(split)
+    repeated = (first != np.arange(width)) & (split.slots >= 0)
+    kept = width - int(repeated.sum(1).max())
+    target = (np.arange(ranks)[:, None] * kept + np.where(repeated, first, np.arange(width))).reshape(-1)
+    used = np.flatnonzero((split.round == number) & (split.flow > 0).any(0))
+    flow = np.zeros((ranks, ranks * kept), np.int64)
+    flow[:, target[used]] = split.flow[:, used]
+    return Plan(
+        slots=split.slots[:, :kept],
+        weight_from=split.weight_from[:, :kept],
+        order=tuple(target[order[~repeated.reshape(-1)[order]]] for order in split.order),
+        flow=flow,
+        round=np.zeros(ranks * kept, np.int64),
+    )
 
 
 def weight_slots(plan: Plan) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -82,13 +83,13 @@ def plans(counts_RE: np.ndarray, run: SkewRun) -> Iterator[tuple[str, Plan]]:
     yield "laer", plan_relayout(counts_RE, layout, moving)
 
 
-def skew_table(run: SkewRun, skews: Sequence[Skew]) -> list[dict[str, object]]:
+def skew_table(run: SkewRun, skews: Sequence[Skew]) -> list[dict[str, Any]]:
     """One row per skew and plan; figures are of the busiest rank unless they are called `crossing`.
 
     Keys: part, hot, distinct (False: no router with distinct ids does this), plan, rows, ratio (max / mean rows),
     crossing (share of rows that leave their rank), dispatch_bytes, weight_bytes, peak_bytes, rounds.
     """
-    table: list[dict[str, object]] = []
+    table: list[dict[str, Any]] = []
     for skew in skews:
         counts_RE = skewed_counts(skew, run.shape.num_experts, run.ranks, run.tokens_per_rank * run.shape.top_k)
         for name, plan in plans(counts_RE, run):
@@ -98,7 +99,7 @@ def skew_table(run: SkewRun, skews: Sequence[Skew]) -> list[dict[str, object]]:
     return table
 
 
-def _figures(plan: Plan, need: Forecast) -> dict[str, object]:
+def _figures(plan: Plan, need: Forecast) -> dict[str, Any]:
     send_RR = plan.send_matrix()
     total = max(1, int(send_RR.sum()))
     return {

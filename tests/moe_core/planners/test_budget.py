@@ -80,9 +80,13 @@ def test_no_round_exceeds_the_budget_and_nothing_else_changes(made, budget):
     rows = split.flow.sum(0)
     rounds = int(split.round.max()) + 1
     assert rounds == max(1, -(-int(plan.rows_per_rank().max()) // budget))
-    for number in range(rounds):
-        assert round_plan(split, number).rows_per_rank().max() <= budget
-    assert sum(int(round_plan(split, n).flow.sum()) for n in range(rounds)) == counts.sum()
+    parts = [round_plan(split, number) for number in range(rounds)]
+    for part in parts:
+        assert part.rows_per_rank().max() <= budget
+        np.testing.assert_array_equal(part.slots, plan.slots)
+        np.testing.assert_array_equal(part.weight_from, plan.weight_from)
+        assert [order.tolist() for order in part.order] == [order.tolist() for order in plan.order]
+    np.testing.assert_array_equal(sum(part.flow for part in parts), plan.flow)
     np.testing.assert_array_equal(split.send_matrix(), plan.send_matrix())
     assert split.slots_per_rank - plan.slots_per_rank <= max(0, rounds - 1)
     np.testing.assert_array_equal(split.slots[:, : plan.slots_per_rank], plan.slots)
@@ -112,7 +116,7 @@ def test_the_rows_of_a_round_are_the_runs_of_its_slots(made, budget, seed):
     for number in range(int(split.round.max()) + 1):
         here = split.round[whole] == number
         part = destinations(round_plan(split, number), source, np.where(here, ids, -1))
-        np.testing.assert_array_equal(part, np.where(here, whole, -1))
+        np.testing.assert_array_equal(part, np.where(here, before, -1))
 
 
 def test_forecast_of_a_static_plan():
@@ -143,6 +147,12 @@ def test_forecast_of_borrowed_and_sharded_weights():
     need = forecast(plan, SHAPE)
     assert need.weights_received.tolist() == [3 * expert // 2] * 2
     assert need.peak[0] == 2 * expert + 3 * expert + need.rows[0] * SHAPE.activation_bytes
+
+
+def test_la2_remote_part_of_an_unshard():
+    eight = LayerShape(num_experts=4, hidden_size=4, expert_hidden_size=2, top_k=1, bytes_per_element=1, matrices=1)
+    plan = plan_relayout(np.ones((4, 4), np.int64), tiled_layout(4, 4, 2), RelayoutOptions(2))
+    assert forecast(plan, eight).weights_received.tolist() == [12] * 4
 
 
 @pytest.mark.parametrize(("ranks", "megabytes"), [(32, 682.6), (8, 616.6)])

@@ -1,5 +1,7 @@
 """Greedy plans against exact optima of tiny instances (mixed-integer programs); the gaps are printed."""
 
+from typing import Any
+
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from twinmoe.moe_core.planners.least_loaded import LeastLoadedOptions, plan_least_loaded, share_of_rank
@@ -7,6 +9,14 @@ from twinmoe.moe_core.planners.relayout import RelayoutOptions, candidates, plan
 from twinmoe.moe_core.planners.static import owners, slot_table
 
 ALWAYS = LeastLoadedOptions(lambda_=None, min_rows=1)
+
+
+def rows_between(matrix: np.ndarray, low: Any, high: Any) -> LinearConstraint:
+    return LinearConstraint(matrix, low, high)
+
+
+def up_to(upper: Any) -> Bounds:
+    return Bounds(0, upper)
 
 
 def fewest_transfers(load: np.ndarray, owner: np.ndarray, ranks: int, cap: int) -> int:
@@ -18,15 +28,15 @@ def fewest_transfers(load: np.ndarray, owner: np.ndarray, ranks: int, cap: int) 
     at_rank = np.kron(np.ones(experts), np.eye(ranks))
     link = np.hstack([np.eye(pairs), -np.diag(np.repeat(load, ranks))])
     constraints = [
-        LinearConstraint(np.hstack([placed, np.zeros_like(placed)]), load, load),
-        LinearConstraint(np.hstack([at_rank, np.zeros_like(at_rank)]), -np.inf, cap),
-        LinearConstraint(link, -np.inf, 0),
+        rows_between(np.hstack([placed, np.zeros_like(placed)]), load, load),
+        rows_between(np.hstack([at_rank, np.zeros_like(at_rank)]), -np.inf, cap),
+        rows_between(link, -np.inf, 0),
     ]
     upper = np.concatenate([np.repeat(load, ranks), np.ones(pairs)])
     found = milp(
         np.concatenate([np.zeros(pairs), foreign]),
         constraints=constraints,
-        bounds=Bounds(0, upper),
+        bounds=up_to(upper),
         integrality=np.ones(2 * pairs),
     )
     assert found.success
@@ -41,16 +51,16 @@ def lowest_peak(load: np.ndarray, ranks: int, slots_per_rank: int) -> int:
     at_rank = np.kron(np.ones(experts), np.eye(ranks))
     none = np.zeros
     constraints = [
-        LinearConstraint(np.hstack([placed, none((experts, pairs + 1))]), load, load),
-        LinearConstraint(np.hstack([at_rank, none((ranks, pairs)), -np.ones((ranks, 1))]), -np.inf, 0),
-        LinearConstraint(np.hstack([np.eye(pairs), -np.diag(np.repeat(load, ranks)), none((pairs, 1))]), -np.inf, 0),
-        LinearConstraint(np.hstack([none((ranks, pairs)), at_rank, none((ranks, 1))]), -np.inf, slots_per_rank),
-        LinearConstraint(np.hstack([none((experts, pairs)), placed, none((experts, 1))]), 1, np.inf),
+        rows_between(np.hstack([placed, none((experts, pairs + 1))]), load, load),
+        rows_between(np.hstack([at_rank, none((ranks, pairs)), -np.ones((ranks, 1))]), -np.inf, 0),
+        rows_between(np.hstack([np.eye(pairs), -np.diag(np.repeat(load, ranks)), none((pairs, 1))]), -np.inf, 0),
+        rows_between(np.hstack([none((ranks, pairs)), at_rank, none((ranks, 1))]), -np.inf, slots_per_rank),
+        rows_between(np.hstack([none((experts, pairs)), placed, none((experts, 1))]), 1, np.inf),
     ]
     upper = np.concatenate([np.repeat(load, ranks), np.ones(pairs), [load.sum()]])
     cost = np.zeros(2 * pairs + 1)
     cost[-1] = 1
-    found = milp(cost, constraints=constraints, bounds=Bounds(0, upper), integrality=np.ones(2 * pairs + 1))
+    found = milp(cost, constraints=constraints, bounds=up_to(upper), integrality=np.ones(2 * pairs + 1))
     assert found.success
     return round(found.fun)
 
