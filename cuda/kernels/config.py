@@ -45,10 +45,10 @@ HOPPER = Schedule(
     dw_down=Tile(256, 128, 64, 8, 5),
 )
 AMPERE = Schedule(
-    up=Tile(64, 64, 32, 4, 3, pieces=1, flatten=False),
-    down=Tile(64, 128, 32, 4, 3, flatten=False),
-    act=Tile(64, 64, 32, 4, 3, pieces=2, flatten=False),
-    dx=Tile(64, 128, 32, 4, 3, flatten=False),
+    up=Tile(64, 64, 32, 8, 3, flatten=False),
+    down=Tile(64, 128, 32, 8, 3, flatten=False),
+    act=Tile(64, 64, 32, 8, 3, pieces=2, flatten=False),
+    dx=Tile(64, 128, 32, 8, 3, flatten=False),
     dw_up=Tile(128, 128, 32, 8, 3, flatten=False),
     dw_down=Tile(128, 128, 32, 8, 3, flatten=False),
 )

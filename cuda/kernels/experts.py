@@ -95,7 +95,5 @@ def moe_mlp(
 def sorted_mlp(x_ND: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, counts_G: torch.Tensor) -> torch.Tensor:
     """Experts on rows sorted by expert, counts[g] rows each, (N, D); rows after the last block give exact zeros."""
     on = launch.card(x_ND.device)
-    zero = counts_G.new_zeros(1, dtype=torch.int32)
-    offsets = torch.cat([zero, torch.cumsum(counts_G, 0, dtype=torch.int32)])
-    grouping = group_rows(offsets, x_ND.shape[0], on.schedule.block_m)
+    grouping = group_rows(counts_G, x_ND.shape[0], on.schedule.block_m)
     return SortedMlp.apply(x_ND.contiguous(), w_up, w_down, grouping, on)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+
+from .sort_kernels import count_kernel, place_kernel, scan_kernel, table_kernel
+
+_MOST_BINS = 1024
+_BLOCK = 1024
+_CHUNK = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +31,6 @@ class Grouping:
     def num_experts(self) -> int:
         return self.offsets.numel() - 1
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.offsets, self.longest_first, self.tiles, self.num_tiles
-
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -37,13 +41,62 @@ class Routing:
     position: torch.Tensor
 
 
-def group_rows(offsets: torch.Tensor, num_rows: int, block_m: int) -> Grouping:
-    """The tile table of rows that are already sorted; offsets (E + 1,) int32, num_rows >= offsets[E]."""
-    num_experts = offsets.numel() - 1
-    counts = offsets[1:] - offsets[:-1]
+def group_rows(counts_E: torch.Tensor, num_rows: int, block_m: int) -> Grouping:
+    """The tile table of num_rows >= sum(counts) rows that are already sorted."""
+    num_experts = counts_E.numel()
+    bins = triton.next_power_of_2(num_experts + 2)
+    if bins > _MOST_BINS:
+        return _table_by_torch(counts_E, num_rows, block_m)
+    grouping = _empty(num_experts, num_rows, block_m, counts_E.device)
+    table_kernel[(_chunks(grouping),)](counts_E, *_table(grouping), BINS=bins, BM=block_m, CHUNK=_CHUNK)
+    return grouping
+
+
+def route_rows(ids_TK: torch.Tensor, num_experts: int, block_m: int) -> Routing:
+    """Sort copies by expert, (token, k) order within each; ids outside 0..E-1 are dropped."""
+    ids = ids_TK.contiguous()
+    bins = triton.next_power_of_2(num_experts + 2)
+    blocks = triton.cdiv(ids.numel(), _BLOCK)
+    if bins > _MOST_BINS or blocks > 8192 or not blocks:
+        return _route_by_torch(ids, num_experts, block_m)
+    grouping = _empty(num_experts, ids.numel(), block_m, ids.device)
+    counts = torch.empty((blocks + 1, bins), dtype=torch.int32, device=ids.device)
+    totals = counts[blocks]
+    copies = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
+    position = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+    count_kernel[(blocks,)](ids, counts, ids.numel(), num_experts, BLOCK=_BLOCK, BINS=bins)
+    height = triton.next_power_of_2(blocks)
+    columns = max(1, min(bins, 4096 // height))
+    scan_kernel[(bins // columns,)](counts, totals, blocks, BINS=bins, ROWS=height, COLUMNS=columns)
+    place_kernel[(blocks + _chunks(grouping),)](
+        ids, counts, totals, copies, position, *_table(grouping)[:4], ids.numel(), *_table(grouping)[4:], blocks,
+        BLOCK=_BLOCK, BINS=bins, BM=block_m, CHUNK=_CHUNK,
+    )  # fmt: skip
+    return Routing(grouping, copies, position)
+
+
+def _empty(num_experts: int, num_rows: int, block_m: int, device: torch.device) -> Grouping:
+    most = num_rows // block_m + num_experts
+    storage = torch.empty(2 * num_experts + 2 + 4 * most, dtype=torch.int32, device=device)
+    tiles, offsets, longest, num = storage.split([4 * most, num_experts + 1, num_experts, 1])
+    return Grouping(offsets, longest, tiles.view(most, 4), num)
+
+
+def _chunks(grouping: Grouping) -> int:
+    return triton.cdiv(max(grouping.tiles.shape[0], grouping.num_experts), _CHUNK)
+
+
+def _table(g: Grouping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+    return g.offsets, g.longest_first, g.tiles, g.num_tiles, g.num_experts, g.tiles.shape[0]
+
+
+def _table_by_torch(counts_E: torch.Tensor, num_rows: int, block_m: int) -> Grouping:
+    num_experts = counts_E.numel()
+    counts = counts_E.to(torch.int32)
+    offsets = torch.cat([counts.new_zeros(1), torch.cumsum(counts, 0, dtype=torch.int32)])
     tiles = (counts + (block_m - 1)) // block_m
     ends = torch.cumsum(tiles, 0, dtype=torch.int32)
-    index = torch.arange(num_rows // block_m + num_experts, dtype=torch.int32, device=offsets.device)
+    index = torch.arange(num_rows // block_m + num_experts, dtype=torch.int32, device=counts.device)
     expert = torch.searchsorted(ends, index, right=True).clamp_(max=num_experts - 1)
     first = offsets[expert] + (index - (ends - tiles)[expert]) * block_m
     table = torch.stack([expert.to(torch.int32), first, offsets[expert + 1], index], dim=1)
@@ -51,17 +104,14 @@ def group_rows(offsets: torch.Tensor, num_rows: int, block_m: int) -> Grouping:
     return Grouping(offsets, longest_first, table, ends[-1:])
 
 
-def route_rows(ids_TK: torch.Tensor, num_experts: int, block_m: int) -> Routing:
-    """Sort copies by expert, (token, k) order within each; ids outside 0..E-1 are dropped."""
-    tokens, top_k = ids_TK.shape
+def _route_by_torch(ids_TK: torch.Tensor, num_experts: int, block_m: int) -> Routing:
     ids = ids_TK.reshape(-1)
     kept = (ids >= 0) & (ids < num_experts)
-    keys = torch.where(kept, ids, num_experts).to(torch.int16 if num_experts < 2**15 else torch.int32)
-    keys, order = torch.sort(keys, stable=True)
-    bounds = torch.arange(num_experts + 1, dtype=keys.dtype, device=keys.device)
+    keys, order = torch.sort(torch.where(kept, ids, num_experts).to(torch.int32), stable=True)
+    bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=keys.device)
     offsets = torch.searchsorted(keys, bounds, out_int32=True)
-    row = torch.arange(tokens * top_k, dtype=torch.int32, device=ids.device)
+    row = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
     position = torch.empty_like(row)
     position[order] = torch.where(row < offsets[-1], row, -1)
-    grouping = group_rows(offsets, tokens * top_k, block_m)
-    return Routing(grouping, order.to(torch.int32), position.reshape(tokens, top_k))
+    grouping = _table_by_torch(offsets[1:] - offsets[:-1], ids.numel(), block_m)
+    return Routing(grouping, order.to(torch.int32), position.reshape(ids_TK.shape))

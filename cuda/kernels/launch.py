@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -95,6 +95,8 @@ def weight_grad(
     """(E, M, N): a^T @ b over each expert's rows; gather names the operand indexed by token: "a", "b" or ""."""
     grouping, copies, top_k = _rows_of(routing)
     m, n = a.shape[1], b.shape[1]
+    if not gather:
+        tile = replace(tile, stages=(tile.stages + 1) // 2)  # an indexed load takes two stages a buffer
     out = a.new_empty((grouping.num_experts, m, n))
     _launch(
         weight_grad_kernel, tile, on, a, None if gather == "a" else ragged(a, [tile.bk, tile.bm]),
