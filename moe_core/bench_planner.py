@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .planners.compiled import COMPILED
 from .planners.layout import tiled_layout
 from .planners.least_loaded import LeastLoadedOptions, plan_least_loaded
 from .planners.relayout import RelayoutOptions, plan_relayout, solve
@@ -51,6 +50,8 @@ def run(cases: Sequence[Case] = CASES, repeats: int = 15, seed: int = 0) -> dict
     Returns {rows: [{planner, num_experts, ranks, slots, milliseconds, spill_order, published_milliseconds}],
     growth: {planner: exponent of the number of ranks}, compiled, compile_excluded}.
     """
+    from .planners.compiled import COMPILED
+
     rows = [_measure(case, repeats, seed) for case in cases]
     names = list(dict.fromkeys(case.planner for case in cases))
     growth = {name: _exponent([row for row in rows if row["planner"] == name]) for name in names}

@@ -80,9 +80,11 @@ def cut(supply_RE: np.ndarray, expert_G: np.ndarray, demand_G: np.ndarray) -> np
     end = np.cumsum(demand_G)
     start = end - demand_G
     base = start[np.searchsorted(expert_G, expert_G)] if len(expert_G) else start
-    low = np.maximum(before[:, expert_G], start - base)
-    high = np.minimum(after[:, expert_G], end - base)
-    return np.maximum(high - low, 0)
+    low, high = before[:, expert_G], after[:, expert_G]
+    np.maximum(low, start - base, out=low)
+    np.minimum(high, end - base, out=high)
+    high -= low
+    return np.maximum(high, 0, out=high)
 
 
 def source_first(counts_RE: np.ndarray, segments: Segments, node_R: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ import numpy as np
 from ..plan import SHARDS, Plan
 from .assemble import Segments, build, cut, owner_of, source_first
 from .rationals import ceil_ratio, imbalance, node_array
-from .spill import SpillRule, assign
 from .static import plan_static
 
 UNLIMITED = np.iinfo(np.int64).max
@@ -112,6 +111,8 @@ def spill_segments(
     counts_RE: np.ndarray, owner_E: np.ndarray, limit_R: np.ndarray, options: LeastLoadedOptions, spread: bool
 ) -> Segments:
     """Pieces of each expert. Experts are placed from the most to the least loaded, ties by id."""
+    from .spill import SpillRule, assign
+
     load_E = counts_RE.sum(0)
     rule = SpillRule(
         cap=share_of_rank(int(load_E.sum()), len(counts_RE), options),

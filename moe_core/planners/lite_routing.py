@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .compiled import jit
 from .layout import Layout
 
 
@@ -38,39 +37,8 @@ def route(counts_RE: np.ndarray, index: SlotIndex, target_S: np.ndarray, width: 
     node has none. Rows that do not divide go one each to the first slots; with `rotate` the first one is
     (source + expert) mod slots, so that they do not pile up.
     """
+    from .route_kernel import route_rows
+
     out = np.zeros((len(counts_RE), width), np.int64)
-    _route(counts_RE, index.node_R, index.slots, index.first, target_S, rotate, out)
+    route_rows(counts_RE, index.node_R, index.slots, index.first, target_S, rotate, out)
     return out
-
-
-@jit
-def _route(
-    counts_RE: np.ndarray,
-    node_R: np.ndarray,
-    slots: np.ndarray,
-    first: np.ndarray,
-    target_S: np.ndarray,
-    rotate: bool,
-    out: np.ndarray,
-) -> None:
-    ranks, num_experts = counts_RE.shape
-    nodes = (first.size - 1) // num_experts
-    for source in range(ranks):
-        for e in range(num_experts):
-            rows = counts_RE[source, e]
-            if rows == 0:
-                continue
-            low = first[e * nodes + node_R[source]]
-            high = first[e * nodes + node_R[source] + 1]
-            if low == high:
-                low = first[e * nodes]
-                high = first[(e + 1) * nodes]
-            width = high - low
-            share = rows // width
-            extra = rows - share * width
-            start = (source + e) % width if rotate else 0
-            if share > 0:
-                for s in range(low, high):
-                    out[source, target_S[slots[s]]] += share
-            for i in range(extra):
-                out[source, target_S[slots[low + (start + i) % width]]] += 1

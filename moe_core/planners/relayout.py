@@ -17,7 +17,6 @@ from .assemble import Segments, build, owner_of
 from .cost import Cost, CostModel, cost_of
 from .layout import Layout, check_slots
 from .lite_routing import SlotIndex, route
-from .placement import even_replicas, heap_replicas, place
 from .rationals import imbalance, node_array
 
 
@@ -49,6 +48,8 @@ class RelayoutOptions:
 
 def candidates(counts_RE: np.ndarray, options: RelayoutOptions) -> dict[str, Layout]:
     """The layouts that the search compares, by name: `heap` and, where slots divide by experts, `even`."""
+    from .placement import even_replicas, heap_replicas, place
+
     ranks, num_experts = counts_RE.shape
     check_slots(num_experts, ranks, options.slots_per_rank)
     load_E, node_R = counts_RE.sum(0), node_array(options.node_of, ranks)

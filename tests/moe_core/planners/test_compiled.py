@@ -56,3 +56,9 @@ def test_same_bytes_with_and_without_numba():
     (compiled, with_numba), (plain, without) = digest("with"), digest("without")
     assert (compiled, plain) == ("True", "False")
     assert with_numba == without
+
+
+def test_static_plans_do_not_load_numba():
+    program = "import sys, twinmoe.moe_core.planning; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "False", done.stderr
