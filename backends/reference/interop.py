@@ -52,7 +52,7 @@ class ReferenceLayerModule:
     def clip_grad_norm(
         self, model: Sequence[Var], max_norm: float, gradients: Sequence[np.ndarray] | None = None
     ) -> tuple[tuple[np.ndarray, ...], float]:
-        """(clipped gradients, norm); model: the leaves that the gradients belong to, experts of this layer only once."""
+        """(clipped gradients, norm); model: the leaves that the gradients belong to, in their order."""
         if gradients is None:
             raise ValueError("the reference keeps no gradients; pass those of the model's leaves in their order")
         mine = set(self.expert_parameters())

@@ -50,8 +50,8 @@ def build(
     return state
 
 
-def module(component: Component, groups: Mapping[str, Group], comm: Communicator) -> Module:
-    return Module(component.forward, {p.name: variable(p.initial()) for p in component.parameters})
+def module(component: Component, groups: Mapping[str, Group], comm: Communicator) -> ReferenceLayerModule:
+    return ReferenceLayerModule(component, groups, comm)
 
 
 def accumulate(state: ReferenceState, loss_fn: Callable[[], tuple[Var, Any]]) -> tuple[Var, Any]:

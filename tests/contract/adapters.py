@@ -97,7 +97,7 @@ class MindSporeAdapter:
             values[:] = [ops.to_numpy(o) for o in outputs]
             total = ops.asarray(np.zeros((), inputs[floating[0]].dtype))
             for i, (o, v) in enumerate(zip(outputs, values, strict=True)):
-                if v.dtype.kind == "f" and v.size:
+                if v.dtype.kind == "f":
                     total = total + (o * ops.asarray(seed(i, v).astype(v.dtype))).reshape((-1,)).sum(0)
             return total
 
