@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def check_gradients(moe: oracle.Moe, shared: str) -> None:
         np.testing.assert_allclose(grads[name], expected, rtol=1e-7, atol=1e-8, err_msg=name)
 
 
-def identity_router(logits: list[list[float]], moe: oracle.Moe, **batch: object) -> oracle.Result:
+def identity_router(logits: Sequence[Sequence[float]], moe: oracle.Moe, **batch: object) -> oracle.Result:
     """The oracle on given logits: x = logits, identity router, experts of zeros."""
     x = np.array(logits, float)
     e = x.shape[1]

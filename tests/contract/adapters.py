@@ -104,7 +104,8 @@ class MindSporeAdapter:
         if not floating:
             return Evaluation([ops.to_numpy(o) for o in listed(fn(ops, *tensors))], [])
         # MindSpore returns nothing for tuples of inputs, and a bare tensor for one position
-        grads = ms.grad(objective, tuple(range(len(floating))))(*(tensors[i] for i in floating))
+        positions: Any = tuple(range(len(floating)))
+        grads = ms.grad(objective, positions)(*(tensors[i] for i in floating))
         grads = grads if isinstance(grads, tuple) else (grads,)
         return Evaluation(values, [ops.to_numpy(g) for g in grads])
 

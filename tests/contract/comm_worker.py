@@ -27,4 +27,6 @@ def main(name: str, rank: int, size: int, port: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(int(a) for a in sys.argv[2:5]), Path(sys.argv[5]))
+    backend_name, *numbers, results_folder = sys.argv[1:]
+    this, world_size, at_port = map(int, numbers)
+    main(backend_name, this, world_size, at_port, Path(results_folder))

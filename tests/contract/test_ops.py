@@ -57,7 +57,7 @@ def test_grouped_matmul_gives_the_right_numbers_whatever_stands_in_padding_rows(
     np.testing.assert_array_equal(dx[:5], [[1, 2], [0, 1], [1, 3], [0, 2], [-1, 1]])
     assert not y[5:].any()
     assert not dx[5:].any()
-    np.testing.assert_array_equal(dw, [np.zeros((2, 2)), [[0, -1], [3, 2]], np.zeros((2, 2)), [[4, -1], [0, -1]]])
+    np.testing.assert_array_equal(dw, [[[0, 0], [0, 0]], [[0, -1], [3, 2]], [[0, 0], [0, 0]], [[4, -1], [0, -1]]])
 
 
 def test_combine_sums_in_float32_and_rounds_once(backend: Backend) -> None:

@@ -66,9 +66,9 @@ def test_only_the_operators_of_the_contract_exist() -> None:
     with pytest.raises(TypeError, match="use ops"):
         np.asarray(x)
     with pytest.raises(TypeError, match="for integers"):
-        x // 2
+        _ = x // 2
     with pytest.raises(TypeError, match="for booleans"):
-        x & x
+        _ = x & x
     with pytest.raises(TypeError, match="not numeric"):
         ops.asarray(np.array(["a"]))
 
