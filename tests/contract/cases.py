@@ -278,6 +278,41 @@ def gelu(ops: Any, x: Any, w_up: Any, w_down: Any, counts: Any) -> Any:
     return ops.expert_mlp(x, w_up, w_down, counts, "gelu")
 
 
+def routers(rows: int, experts: int, scale: float = 1.0) -> Inputs:
+    """x (rows, H = 2, D = 3), w (2, 3, experts), bias (2, experts): small integers, so that scores tie."""
+    return lambda rng: [
+        rng.integers(-2, 3, (rows, 2, 3)) * scale,
+        rng.integers(-2, 3, (2, 3, experts)) * 1.0,
+        rng.integers(-3, 4, (2, experts)) * 1.0,
+    ]
+
+
+ROUTERS = [
+    Case("router_topk", lambda ops, x, w: ops.router_topk(x, w, None, 2), normal((5, 2, 3), (2, 3, 6))),
+    Case(
+        "router_topk with a bias",
+        lambda ops, x, w, b: ops.router_topk(x, w, b, 2),
+        normal((5, 2, 3), (2, 3, 6), (2, 6)),
+        True,
+    ),
+    Case("router_topk breaks ties by id", lambda ops, x, w, b: ops.router_topk(x, w, b, 3), routers(40, 9), True),
+    Case("router_topk of equal scores", lambda ops, x, w, b: ops.router_topk(x, w, None, 4), routers(3, 9, 0.0)),
+    Case("router_topk of all experts", lambda ops, x, w, b: ops.router_topk(x, w, b, 6), routers(7, 6), True),
+    Case("router_topk of many experts", lambda ops, x, w, b: ops.router_topk(x, w, b, 8), routers(33, 1100), True),
+    Case("router_topk without tokens", lambda ops, x, w, b: ops.router_topk(x, w, b, 2), routers(0, 4), True),
+    Case(
+        "router_topk replays given ids",
+        lambda ops, x, w, i: ops.router_topk(x, w, None, 2, i),
+        with_fixed([(2, 2, 3), (2, 3, 4)], [[[3, 0], [1, 1]], [[2, 3], [0, 1]]]),
+        exact_zeros=True,
+    ),
+    Case(
+        "router_topk takes NaN as minus infinity",
+        lambda ops, x, w, b: ops.router_topk(x, w, b, 3)[1],
+        lambda rng: [rng.normal(size=(4, 1, 3)), rng.normal(size=(1, 3, 4)), np.array([[np.nan, 0.0, np.nan, 0.0]])],
+    ),
+]
+
 COMPUTE = [
     Case("grouped_matmul", grouped, with_fixed([(7, 3), (3, 3, 2)], [4, 1, 2])),
     Case("grouped_matmul with empty groups", grouped, with_fixed([(5, 3), (4, 3, 2)], [0, 3, 0, 2]), True),
@@ -340,4 +375,4 @@ COMPUTE = [
     ),
 ]
 
-CASES = [*OPERATORS, *SHAPES, *ELEMENTS, *SELECTING, *ROWS, *COMPUTE]
+CASES = [*OPERATORS, *SHAPES, *ELEMENTS, *SELECTING, *ROWS, *ROUTERS, *COMPUTE]

@@ -19,7 +19,7 @@ from twinmoe.testing.contract.comm_cases import run_all
 def main(name: str, rank: int, size: int, port: int, folder: Path) -> None:
     backend = registry.load(name, decided_by="test")
     comm = backend.comm.connect(Launch(rank, size, rank, size, port=port, timeout_s=60))
-    results = run_all(backend.ops, comm, adapter_of(name))
+    results = run_all(backend, comm, adapter_of(name))
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(results))
     comm.close()
     sys.stdout.flush()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from twinmoe.backends import reference
 from twinmoe.backends.reference import comm as reference_comm
-from twinmoe.backends.reference import ops as reference_ops
 from twinmoe.testing.conftest import BACKENDS, load_or_skip
 from twinmoe.testing.contract.adapters import TOLERANCES, Evaluation, adapter_of, assert_same
 from twinmoe.testing.contract.comm_cases import DTYPES, SCENARIOS, run_all
@@ -27,7 +27,7 @@ Results = dict[str, "Evaluation | str"]
 @lru_cache
 def reference_results(size: int) -> list[Results]:
     """By rank."""
-    return reference_comm.run_ranks(size, lambda comm: run_all(reference_ops, comm, adapter_of("reference")))
+    return reference_comm.run_ranks(size, lambda comm: run_all(reference, comm, adapter_of("reference")))
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
