@@ -63,7 +63,7 @@ class GlooWire:
 
 def _lend(x: Tensor) -> torch.Tensor:
     """The same memory as a torch tensor; booleans as bytes, which gloo can move."""
-    value = np.ascontiguousarray(x.asnumpy())
+    value = np.asarray(x.asnumpy(), order="C")
     return torch.from_numpy(value.view(np.uint8) if value.dtype == np.bool_ else value)
 
 

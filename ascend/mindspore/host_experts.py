@@ -78,9 +78,9 @@ def activate_backward(h: np.ndarray, g: np.ndarray, activation: Activation) -> n
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    """Of the negative magnitude, whose exponential can't overflow."""
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, e) / (1 + e)
+    """Where the exponential overflows, its reciprocal is the right zero."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
 
 
 def _grouped(x: Tensor, w: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

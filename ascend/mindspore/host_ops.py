@@ -10,20 +10,18 @@ from mindspore import Tensor
 from ...backends import streaming
 from ...backends.protocol import DType, Ops
 from . import ops
+from .host_attention import attention
 from .host_experts import expert_mlp, grouped_matmul
 from .host_rows import argsort, combine_rows, count, invert, sum_rows, take_rows, topk
+from .host_rowwise import cross_entropy, logsumexp, rms_norm
 from .ops import (
     asarray,
-    attention,
     checkpoint,
     concat,
-    cross_entropy,
     dtype_of,
     exp,
     log,
-    logsumexp,
     relu,
-    rms_norm,
     sigmoid,
     softmax,
     split,
@@ -71,7 +69,7 @@ __all__ = [
 
 
 def cast(x: Tensor, dtype: DType) -> Tensor:
-    """Convert a floating tensor; the gradient is converted back. ValueError for bfloat16, which the host can't compute."""
+    """Convert a floating tensor; the gradient is converted back. ValueError for bfloat16: no host kernels."""
     check_dtype(dtype)
     return ops.cast(x, dtype)
 

@@ -20,9 +20,7 @@ def topk(scores_TE: Tensor, k: int) -> Tensor:
 
     NaN counts as minus infinity, and ids of a row are always distinct and in range.
     """
-    scores = scores_TE.asnumpy()
-    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=1, kind="stable")
-    return Tensor.from_numpy(np.ascontiguousarray(order[:, :k]))
+    return Tensor.from_numpy(best_ids(scores_TE.asnumpy(), k))
 
 
 def argsort(keys_N: Tensor) -> Tensor:
@@ -67,6 +65,22 @@ def combine_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tenso
 
 
 # --- NumPy kernels ---------------------------------------------------------------------------
+def best_ids(scores: np.ndarray, k: int) -> np.ndarray:
+    """Column numbers (rows, k) of the k largest: argmax names the first of equals; rows that run out are sorted."""
+    left = np.where(np.isnan(scores), -np.inf, scores)
+    order = np.empty((len(left), k), np.int64)
+    rows = np.arange(len(left))
+    out_of_finite = np.zeros(len(left), bool)
+    for place in range(k):
+        order[:, place] = left.argmax(1) if len(left) else 0
+        out_of_finite |= left[rows, order[:, place]] == -np.inf
+        left[rows, order[:, place]] = -np.inf
+    if out_of_finite.any():
+        again = np.where(np.isnan(scores[out_of_finite]), -np.inf, scores[out_of_finite])
+        order[out_of_finite] = np.argsort(-again, axis=1, kind="stable")[:, :k]
+    return order
+
+
 def gather(x: np.ndarray, index: np.ndarray) -> np.ndarray:
     """x[index], zeros where index < 0."""
     if not len(x):

@@ -155,7 +155,7 @@ def take_along(x_TE: Tensor, ids_TK: Tensor) -> Tensor:
 
 # --- compute ---------------------------------------------------------------------------------
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    wide = _widen(x)
+    wide = widen(x)
     inverse = mint.rsqrt((wide * wide).mean(-1).reshape((*x.shape[:-1], 1)) + number(eps, wide))
     return (wide * inverse).astype(x.dtype) * weight, (x, weight, inverse)
 
@@ -164,7 +164,7 @@ def _rms_norm_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, 
     x, weight, inverse = saved
     if x.size == 0:
         return ops.zeros_like(x), ops.zeros_like(weight)
-    normal, g = _widen(x) * inverse, _widen(gradient)
+    normal, g = widen(x) * inverse, widen(gradient)
     width = x.shape[-1]
     dweight = (g * normal).reshape((-1, width)).sum(0)
     g = g * weight
@@ -201,7 +201,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> tuple[Tensor
     scores = mint.matmul(q_g, k_g.swapaxes(-1, -2)) * number(width**-0.5, q)
     scores = scores.reshape((sequences, heads, length, length))
     mask = allowed.reshape((-1, 1, length, length))
-    p = mint.softmax(_widen(mint.where(mask, scores, MASKED)), -1).astype(q.dtype)
+    p = mint.softmax(widen(mint.where(mask, scores, MASKED)), -1).astype(q.dtype)
     p = p.reshape((sequences, groups, heads // groups * length, length))
     return _by_position(mint.matmul(p, v_g), q.shape), (q_g, k_g, v_g, p)
 
@@ -235,7 +235,7 @@ def _by_position(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    wide = _widen(logits)
+    wide = widen(logits)
     total, _ = _logsumexp(wide)
     picked = mint.gather(wide, 1, targets.reshape((-1, 1))).reshape(total.shape)
     return total - picked, (logits, targets, total)
@@ -245,7 +245,7 @@ def _cross_entropy_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: 
     logits, targets, total = saved
     if logits.size == 0:
         return (ops.zeros_like(logits),)
-    p = mint.exp(_widen(logits) - total.reshape((-1, 1)))
+    p = mint.exp(widen(logits) - total.reshape((-1, 1)))
     columns = Tensor.from_numpy(np.arange(logits.shape[1]))
     p = mint.where(columns == targets.reshape((-1, 1)), p - 1.0, p)
     return ((p * gradient.reshape((-1, 1))).astype(logits.dtype),)
@@ -264,6 +264,6 @@ def number(value: float, like: Tensor) -> Tensor | float:
     return Tensor(value, ms.float64) if like.dtype == ms.float64 else value
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """At least float32: the dtype of statistics and sums."""
     return x if x.dtype in (ms.float32, ms.float64) else x.astype(ms.float32)

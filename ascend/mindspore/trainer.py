@@ -13,43 +13,30 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter as Weight
-from mindspore import Tensor, mint, nn, ops
+from mindspore import Tensor, mint, ops
 
 from ...backends.protocol import Communicator, Component, DType, Group, Parameter, TrainOptions
-from .ops import asarray, cast, number, to_numpy
+from .cell import FunctionCell, make_weight
+from .interop import LayerCell
+from .ops import asarray, number, to_numpy
 from .optimizer import Moments, Rate, update
+from .sharding import Shards, shards_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class FunctionCell(nn.Cell):
-    """A component as nn.Cell: its parameters, registered, and its pure function as construct."""
-
-    def __init__(self, component: Component, weights: Mapping[str, Weight], dtype: DType) -> None:
-        super().__init__(auto_prefix=False)
-        self._pure = component.forward
-        self._dtype: DType = dtype
-        self._kept = frozenset(p.name for p in component.parameters if p.master)
-        self._weights = {p.name: weights[p.name] for p in component.parameters}
-        for name, weight in self._weights.items():
-            self.insert_param_to_cell(name.replace(".", "__"), weight, check_name_contain_dot=False)
-
-    def construct(self, *inputs: Any) -> Any:
-        params = {n: w if n in self._kept else cast(w, self._dtype) for n, w in self._weights.items()}
-        return self._pure(params, *inputs)
-
-
 @dataclass
 class MindSporeState:
-    """protocol.State. Components that name the same parameter share its tensor."""
+    """protocol.State. Components that name the same parameter share its tensor; `shards` of those that are cut."""
 
     modules: Mapping[str, FunctionCell]
     parameters: Mapping[str, Parameter]
     weights: Mapping[str, Weight]
+    shards: Mapping[str, Shards]
     options: TrainOptions
     groups: Mapping[str, Group]
     comm: Communicator
-    moments: dict[str, Moments]
+    moments: Mapping[str, Moments]
     grads: dict[str, Tensor] = field(default_factory=dict)
     updates: int = 0
 
@@ -58,23 +45,26 @@ def build(
     components: Sequence[Component], options: TrainOptions, groups: Mapping[str, Group], comm: Communicator
 ) -> MindSporeState:
     """Make the cells, draw the parameters in at least float32, prepare the optimizer."""
-    if options.data_sharding != "none":
-        raise ValueError(f"MindSpore backends do not shard (data_sharding={options.data_sharding!r}); set it to 'none'")
     parameters = {p.name: p for c in components for p in c.parameters}
+    shards = _shards(parameters, groups, comm) if options.data_sharding == "full" else {}
     master: DType = "float64" if options.dtype == "float64" else "float32"
-    weights = {name: _weight(p, master) for name, p in parameters.items()}
-    modules = {c.name: FunctionCell(c, weights, options.dtype) for c in components}
+    weights = {}
+    for name, parameter in parameters.items():
+        value = parameter.initial()
+        weights[name] = make_weight(name, shards[name].cut(value) if name in shards else value, master)
+    modules = {c.name: FunctionCell(c, weights, options.dtype, shards) for c in components}
     moments = {} if options.optimizer == "sgd" else {name: Moments.zeros(w) for name, w in weights.items()}
-    return MindSporeState(modules, parameters, weights, options, groups, comm, moments)
+    return MindSporeState(modules, parameters, weights, shards, options, groups, comm, moments)
 
 
-def _weight(parameter: Parameter, dtype: DType) -> Weight:
-    return Weight(cast(asarray(parameter.initial()), dtype), name=parameter.name)
+def _shards(parameters: Mapping[str, Parameter], groups: Mapping[str, Group], comm: Communicator) -> dict[str, Shards]:
+    found = {name: shards_of(p, groups["world"], comm) for name, p in parameters.items()}
+    return {name: s for name, s in found.items() if s is not None}
 
 
-def module(component: Component) -> FunctionCell:
+def module(component: Component, groups: Mapping[str, Group], comm: Communicator) -> LayerCell:
     """One component as nn.Cell in float32, for other people's loops."""
-    return FunctionCell(component, {p.name: _weight(p, "float32") for p in component.parameters}, "float32")
+    return LayerCell(component, groups, comm)
 
 
 def accumulate(state: MindSporeState, loss_fn: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
@@ -89,9 +79,8 @@ def accumulate(state: MindSporeState, loss_fn: Callable[[], tuple[Tensor, Any]])
         kept.append(aux)
         return loss
 
-    names = list(state.weights)
     loss, found = ms.value_and_grad(loss_alone, None, weights=tuple(state.weights.values()))()
-    for name, gradient in zip(names, found, strict=True):
+    for name, gradient in zip(state.weights, found, strict=True):
         state.grads[name] = state.grads[name] + gradient if name in state.grads else gradient
     return loss, kept[0]
 
@@ -102,10 +91,10 @@ def evaluate(state: MindSporeState, fn: Callable[[], Any]) -> Any:
 
 
 def reduce_gradients(state: MindSporeState) -> None:
-    """Sum each gradient over its parameter's `reduce_over` group: one all-reduce per group and dtype."""
+    """Sum each gradient over its parameter's `reduce_over` group: one all-reduce per group."""
     for group_name in sorted({p.reduce_over for p in state.parameters.values()}):
         group = state.groups[group_name]
-        names = [n for n, p in state.parameters.items() if p.reduce_over == group_name]
+        names = [n for n, p in state.parameters.items() if p.reduce_over == group_name and n not in state.shards]
         if group.size == 1 or not names:
             continue
         grads = [_gradient(state, n) for n in names]
@@ -121,16 +110,17 @@ def _gradient(state: MindSporeState, name: str) -> Tensor:
 def clip_gradients(state: MindSporeState, max_norm: float | None) -> float:
     """The global norm, each parameter counted once; scales gradients when it exceeds max_norm.
 
-    Squares are summed per tensor on the device, over tensors and ranks in float64 on the host, in one order.
+    Squares are summed per tensor on the device, over tensors and ranks in float64 on the host, in one order:
+    every rank gets the same norm, and HCCL reduces no float64.
     """
+    owners = {n: "world" if n in state.shards else p.norm_over for n, p in state.parameters.items()}
     total = 0.0
-    for owner in sorted({p.norm_over for p in state.parameters.values()}, key=lambda name: name or ""):
-        names = [n for n, p in state.parameters.items() if p.norm_over == owner and n in state.grads]
-        squares = [_square(state.grads[n]) for n in names]
-        part = np.float64(0.0) if not squares else to_numpy(mint.cat(squares)).astype(np.float64).sum()
+    for owner in sorted(set(owners.values()), key=lambda name: name or ""):
+        squares = [_square(state.grads[n]) for n in owners if owners[n] == owner and n in state.grads]
+        part = float(to_numpy(mint.cat(squares)).astype(np.float64).sum()) if squares else 0.0
         if owner is not None:
-            part = state.comm.gather_to_host(np.array([part]), state.groups[owner]).sum()
-        total += float(part)
+            part = float(state.comm.gather_to_host(np.array([part]), state.groups[owner]).sum())
+        total += part
     norm = math.sqrt(total)
     if max_norm is not None and norm > max_norm:
         state.grads = {name: g * number(max_norm / norm, g) for name, g in state.grads.items()}
@@ -146,32 +136,38 @@ def step(state: MindSporeState, learning_rate: float) -> None:
     state.updates += 1
     for name, weight in state.weights.items():
         decay = state.options.weight_decay if state.parameters[name].weight_decay else 0.0
-        gradient = _gradient(state, name)
         rate = Rate(learning_rate, decay, state.updates)
-        update(weight, gradient, state.moments.get(name), state.options, rate)
+        update(weight, _gradient(state, name), state.moments.get(name), state.options, rate)
     state.grads = {}
 
 
+def _to_host(state: MindSporeState, name: str, value: Tensor) -> np.ndarray:
+    return state.shards[name].to_host(value) if name in state.shards else to_numpy(value)
+
+
 def gradients(state: MindSporeState) -> dict[str, np.ndarray]:
-    """Local gradients by parameter name, on the host (zeros where none)."""
-    return {name: to_numpy(_gradient(state, name)) for name in state.weights}
+    """Local gradients by parameter name, on the host (zeros where none). Collective where parameters are sharded."""
+    return {name: _to_host(state, name, _gradient(state, name)) for name in state.weights}
 
 
 def tensors(state: MindSporeState) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(parameter name, kind, local value): kind is 'parameter', 'exp_avg' or 'exp_avg_sq'."""
+    """(parameter name, kind, local value): kind is 'parameter', 'exp_avg' or 'exp_avg_sq'; shards are gathered."""
     for name, weight in state.weights.items():
-        yield name, "parameter", to_numpy(weight)
+        yield name, "parameter", _to_host(state, name, weight)
         if name in state.moments:
             for kind in MOMENTS:
-                yield name, kind, to_numpy(getattr(state.moments[name], kind))
+                yield name, kind, _to_host(state, name, getattr(state.moments[name], kind))
 
 
 def load_tensors(state: MindSporeState, values: Iterable[tuple[str, str, np.ndarray]], step: int) -> None:
-    """Write local values back in place; `step` = optimizer updates done."""
+    """Write local values back in place; `step` = optimizer updates done. ValueError where a shape differs."""
     for name, kind, array in values:
-        weight = state.weights[name]
-        target = weight if kind == "parameter" else getattr(state.moments[name], kind)
-        if tuple(array.shape) != tuple(target.shape):
-            raise ValueError(f"{kind} of {name} has shape {array.shape}, the model wants {tuple(target.shape)}")
-        ops.assign(target, asarray(array).astype(target.dtype))
+        expected = tuple(state.parameters[name].shape)
+        if tuple(array.shape) != expected:
+            raise ValueError(
+                f"{kind} of {name} has shape {array.shape}, the model wants {expected}; load its own layout"
+            )
+        target = state.weights[name] if kind == "parameter" else getattr(state.moments[name], kind)
+        local = state.shards[name].cut(array) if name in state.shards else array
+        ops.assign(target, asarray(local).astype(target.dtype))
     state.updates = step
