@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from twinmoe.backends import reference
+from twinmoe.backends import reference, registry
 from twinmoe.backends.reference import comm as reference_comm
 from twinmoe.testing.conftest import BACKENDS, load_or_skip
 from twinmoe.testing.contract.adapters import TOLERANCES, Evaluation, adapter_of, assert_same
@@ -39,6 +39,9 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module", params=[2, 4])
 def job(backend_name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     """Results of one job of real processes, by rank."""
+    devices = registry.probe(backend_name).devices
+    if devices is not None and devices < request.param:
+        pytest.skip(f"{request.param} ranks need as many devices, here are {devices}")
     return run_job(backend_name, request.param, tmp_path_factory.mktemp(f"{backend_name}-{request.param}"))
 
 
