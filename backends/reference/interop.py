@@ -24,6 +24,10 @@ class Module:
         return self.forward(self.leaves, *inputs)
 
 
+Model = Sequence["ReferenceLayerModule | Var"]
+"""A model around layers, as the tape has none of its own: layers and single leaves in an order."""
+
+
 class ReferenceLayerModule:
     """protocol.LayerModule on the tape, where gradients are arrays that the caller holds."""
 
@@ -50,15 +54,14 @@ class ReferenceLayerModule:
         return tuple(g / self._comm.size for g in sums)
 
     def clip_grad_norm(
-        self, model: Sequence[Var], max_norm: float, gradients: Sequence[np.ndarray] | None = None
+        self, model: Model, max_norm: float, gradients: Sequence[np.ndarray] | None = None
     ) -> tuple[tuple[np.ndarray, ...], float]:
-        """(clipped gradients, norm); model: the leaves that the gradients belong to, in their order."""
+        """(clipped gradients, norm); gradients: of the model's leaves, in their order. ValueError without them."""
         if gradients is None:
             raise ValueError("the reference keeps no gradients; pass those of the model's leaves in their order")
-        mine = set(self.expert_parameters())
         squares = {True: 0.0, False: 0.0}
-        for leaf, g in zip(model, gradients, strict=True):
-            squares[leaf in mine] += float((g * g).sum())
+        for (_, is_expert), g in zip(_leaves(model), gradients, strict=True):
+            squares[is_expert] += float((g * g).sum())
         experts = self._comm.all_reduce(Var(squares[True]), self._groups["expert"]).value
         norm = math.sqrt(squares[False] + float(experts))
         factor = max_norm / norm if norm > max_norm else 1.0
@@ -77,3 +80,12 @@ class ReferenceLayerModule:
 
     def _experts(self) -> list[Parameter]:
         return [p for p in self._specs.values() if p.norm_over is not None or p.reduce_over != "world"]
+
+
+def _leaves(model: Model) -> list[tuple[Var, bool]]:
+    """(leaf, whether it differs between ranks)."""
+    found: list[tuple[Var, bool]] = []
+    for part in model:
+        mine = set(part.expert_parameters()) if isinstance(part, ReferenceLayerModule) else set()
+        found += [(leaf, leaf in mine) for leaf in ([part] if isinstance(part, Var) else part.leaves.values())]
+    return found
