@@ -197,7 +197,7 @@ def combine_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tenso
 def _blocks(counts_G: Tensor, num_rows: int) -> list[tuple[int, int]]:
     ends = np.cumsum(counts_G.tolist(), dtype=np.int64).tolist()
     assert not ends or ends[-1] <= num_rows, "counts exceed the rows"
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(zip([0, *ends][:-1], ends, strict=True))
 
 
 class _GroupedMatmul(torch.autograd.Function):
