@@ -40,8 +40,9 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     wide = _widen(x.asnumpy())
     inverse = 1 / np.sqrt(_dot(wide, wide) / wide.dtype.type(x.shape[-1]) + wide.dtype.type(eps))
-    y = (wide * inverse).astype(x.asnumpy().dtype, copy=False) * weight.asnumpy()
-    return Tensor.from_numpy(y), (x, weight, Tensor.from_numpy(inverse))
+    y = wide * inverse
+    y *= weight.asnumpy()
+    return Tensor.from_numpy(y.astype(x.asnumpy().dtype, copy=False)), (x, weight, Tensor.from_numpy(inverse))
 
 
 def _rms_norm_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, _needs: Any) -> tuple[Any, ...]:

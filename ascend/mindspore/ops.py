@@ -157,7 +157,7 @@ def take_along(x_TE: Tensor, ids_TK: Tensor) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     wide = widen(x)
     inverse = mint.rsqrt((wide * wide).mean(-1).reshape((*x.shape[:-1], 1)) + number(eps, wide))
-    return (wide * inverse).astype(x.dtype) * weight, (x, weight, inverse)
+    return (wide * inverse * widen(weight)).astype(x.dtype), (x, weight, inverse)
 
 
 def _rms_norm_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, _needs: Any) -> tuple[Any, ...]:
@@ -167,7 +167,7 @@ def _rms_norm_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, 
     normal, g = widen(x) * inverse, widen(gradient)
     width = x.shape[-1]
     dweight = (g * normal).reshape((-1, width)).sum(0)
-    g = g * weight
+    g = g * widen(weight)
     dx = (g - normal * (g * normal).mean(-1).reshape(inverse.shape)) * inverse
     return dx.astype(x.dtype), dweight.astype(weight.dtype)
 

@@ -130,7 +130,8 @@ def _combine(rows: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Sequ
     return total.astype(rows.dtype), (rows, index, weights)
 
 
-def _combine_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, _needs: Any) -> tuple[Any, ...]:
+def combine_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, _needs: Any) -> tuple[Any, ...]:
+    """Of rows (a gather: each is named at most once), none of the index, of weights."""
     rows, index, weights = saved
     tokens, choices = index.shape
     drows = mint.zeros(rows.shape, dtype=widen(rows).dtype)
@@ -156,4 +157,4 @@ def _column(rows: Tensor, index: Tensor, weights: Tensor, k: int) -> tuple[Tenso
 
 _take_op = primitive(_take, _take_backward)
 _sum_op = primitive(_sum, _sum_backward)
-_combine_op = primitive(_combine, _combine_backward)
+_combine_op = primitive(_combine, combine_backward)

@@ -1,0 +1,113 @@
+"""What MindSpore and torch-npu share about HCCL: environment, buffer sizes, a heartbeat.
+
+Imports no framework. Sources: HCCL's own pages on environment variables and limits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+MEGABYTE = 2**20
+DEFAULT_BUFFER_MB = 200
+"""HCCL_BUFFSIZE where nothing is set: per direction and communicator."""
+TIMEOUT_RANGE_S = (120, 7200)
+"""What HCCL_CONNECT_TIMEOUT accepts."""
+
+
+@dataclass(frozen=True)
+class HcclSettings:
+    """Job-wide HCCL settings, the same on every rank.
+
+    connect_timeout_s: to wait for a peer's first collective (data and checkpoints load before it).
+    execute_timeout_s: to wait inside a running one; above connect_timeout_s, so that the first error is the true one.
+    buffer_mb: default size of a communicator's buffers; network_interface: host NIC where there are several.
+    """
+
+    connect_timeout_s: int = 1200
+    execute_timeout_s: int = 1800
+    buffer_mb: int = DEFAULT_BUFFER_MB
+    deterministic: bool = True
+    network_interface: str | None = None
+
+    def __post_init__(self) -> None:
+        low, high = TIMEOUT_RANGE_S
+        if not low <= self.connect_timeout_s <= high:
+            raise ValueError(f"connect_timeout_s={self.connect_timeout_s} is outside HCCL's {low}..{high} seconds")
+        if self.execute_timeout_s <= self.connect_timeout_s:
+            raise ValueError(
+                f"execute_timeout_s={self.execute_timeout_s} must exceed connect_timeout_s={self.connect_timeout_s}; "
+                "otherwise a late rank is reported as a hung collective"
+            )
+
+
+def environment(settings: HcclSettings) -> dict[str, str]:
+    """Variables for a worker, to be set before its framework starts."""
+    variables = {
+        "HCCL_CONNECT_TIMEOUT": str(settings.connect_timeout_s),
+        "HCCL_EXEC_TIMEOUT": str(settings.execute_timeout_s),
+        "HCCL_BUFFSIZE": str(settings.buffer_mb),
+        "HCCL_DETERMINISTIC": "true" if settings.deterministic else "false",
+    }
+    if settings.network_interface is not None:
+        variables["HCCL_SOCKET_IFNAME"] = settings.network_interface
+        variables["GLOO_SOCKET_IFNAME"] = settings.network_interface
+    return variables
+
+
+def buffer_mb(payload_bytes: int) -> int:
+    """Buffer that holds a collective's payload in one piece; more is sliced, slower but right."""
+    return max(1, math.ceil(payload_bytes / MEGABYTE))
+
+
+def communicator_bytes(buffers_mb: Mapping[str, int]) -> int:
+    """Device memory of communicators (name -> buffer): each holds two buffers."""
+    return sum(2 * mb * MEGABYTE for mb in buffers_mb.values())
+
+
+def _leave(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+@dataclass
+class Heartbeat:
+    """Ends a process that waits too long for the device: a stuck collective does not end it by itself.
+
+    `called` notes each collective as it is issued; inside `waiting` the clock runs. `leave` gets a message that
+    names the rank, what it waits for and the last collectives.
+    """
+
+    rank: int
+    timeout_s: float
+    leave: Callable[[str], None] = _leave
+    recent: deque[str] = field(default_factory=lambda: deque(maxlen=8))
+    issued: int = 0
+
+    def called(self, what: str) -> None:
+        self.issued += 1
+        self.recent.append(f"#{self.issued} {what}")
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        timer = threading.Timer(self.timeout_s, self._report, (what, time.monotonic()))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _report(self, what: str, since: float) -> None:
+        last = "; ".join(self.recent) or "none"
+        self.leave(
+            f"rank {self.rank} has waited {time.monotonic() - since:.0f} s for {what}; another rank failed or issued "
+            f"other collectives (compare the ranks' logs); last collectives here: {last}"
+        )
