@@ -28,7 +28,7 @@ class BackendError(Exception):
 
 @dataclass(frozen=True)
 class Home:
-    """Where a backend lives. extra: what to install. device_files: patterns of which one must exist (none: the host)."""
+    """Where a backend lives. extra: what to install. device_files: patterns, one of which must exist."""
 
     module: str
     extra: str | None = None

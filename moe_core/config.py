@@ -147,14 +147,14 @@ class ParallelConfig(Section):
     """How the layer runs: never changes its function. `scheme` names a combination (configs/schemes/)."""
 
     scheme: str = "ep"
-    expert_parallel_size: int | Literal["auto"] = "auto"
+    expert_parallel_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     tensor_parallel_size: int = Field(default=1, gt=0)
     head_parallel_size: int = Field(default=1, gt=0)
     planner: Literal["static", "least_loaded", "relayout"] = "static"
     placement: Literal["fixed", "swap"] = "fixed"
     transport: Literal["flat", "groupwise", "hierarchical_dedup"] = "flat"
     deduplicate: bool = True
-    hierarchy_depth: int | Literal["auto"] = "auto"
+    hierarchy_depth: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     residency: Literal["owned", "borrowed", "fully_sharded"] = "owned"
     data_sharding: Literal["none", "full"] = "none"
     data_assignment: Literal["round_robin", "by_domain", "by_affinity"] = "round_robin"

@@ -75,6 +75,9 @@ def explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")
     place = _place(first["loc"])
+    extra = next((f for f in faults if f["type"] == "extra_forbidden"), None)
+    if extra is not None:  # inside a list, where `check` does not look
+        return f"unknown key {'.'.join(map(str, extra['loc']))}; take it out"
     if first["type"] == "missing":
         return f"{place} is missing; give it a value"
     same = [f for f in faults if _place(f["loc"]) == place]
