@@ -30,36 +30,22 @@ def router_topk(
     x_NHD: Tensor, w_HDE: Tensor, bias_HE: Tensor | None, k: int, ids_NHK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     if ids_NHK is None:
-        return _RouterTopK.apply(x_NHD, w_HDE, bias_HE, k)  # type: ignore[no-any-return]
-    return _ChosenLogits.apply(x_NHD, w_HDE, ids_NHK), ids_NHK
+        ids_NHK = _choose(x_NHD.detach(), w_HDE.detach(), bias_HE, k)
+    return _ChosenLogits.apply(x_NHD, w_HDE, ids_NHK), ids_NHK  # type: ignore[return-value]
 
 
-class _RouterTopK(torch.autograd.Function):
-    """Saves x, w and the ids."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        wide = _wide(x, w)
-        logits = torch.empty((*x.shape[:2], k), dtype=wide, device=x.device)
-        ids = torch.empty((*x.shape[:2], k), dtype=torch.int64, device=x.device)
-        w_wide = w.to(wide)
-        for rows in _chunks(x):
-            x_HND = x[rows].transpose(0, 1).to(wide)
-            scores, chosen = _best(x_HND, w_wide, bias, k)
-            if bias is not None:  # taken again, not scores - bias, which would lose digits
-                scores = _logits(x_HND.transpose(0, 1), _by_expert(w_wide), chosen.transpose(0, 1)).transpose(0, 1)
-            logits[rows], ids[rows] = scores.transpose(0, 1), chosen.transpose(0, 1)
-        ctx.save_for_backward(x, w, ids)
-        ctx.mark_non_differentiable(ids)
-        return logits, ids
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_gradients(*ctx.saved_tensors, grads[0]), None, None
+def _choose(x: Tensor, w: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    ids = torch.empty((*x.shape[:2], k), dtype=torch.int64, device=x.device)
+    wide = _wide(x, w)
+    w = w.to(wide)
+    for rows in _chunks(x):
+        ids[rows] = _best(x[rows].transpose(0, 1).to(wide), w, bias, k).transpose(0, 1)
+    return ids
 
 
 class _ChosenLogits(torch.autograd.Function):
-    """Logits of experts that were chosen before."""
+    """x . w of the chosen: taken from x and w, not from the scores that chose, so that a bias costs no digits and
+    recomputation gives the same bits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
@@ -70,7 +56,8 @@ class _ChosenLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_gradients(*ctx.saved_tensors, grads[0]), None
+        x, w, ids = ctx.saved_tensors
+        return *_gradients(x, w, ids, grads[0]), None
 
 
 def _wide(x: Tensor, w: Tensor) -> torch.dtype:
@@ -82,15 +69,15 @@ def _chunks(x_NHD: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, max(1, x_NHD.shape[0]), size)]
 
 
-def _best(x_HND: Tensor, w_HDE: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and ids (H, n, k) of the best: each tile's scores are merged with the best of the tiles before."""
+def _best(x_HND: Tensor, w_HDE: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """Ids (H, n, k) of the best: each tile's scores are merged with the best of the tiles before."""
     heads, rows, num = *x_HND.shape[:2], w_HDE.shape[2]
     best = x_HND.new_empty((heads, rows, 0))
     ids = torch.empty((heads, rows, 0), dtype=torch.int64, device=x_HND.device)
     for first in range(0, num, TILE):
         last = min(num, first + TILE)
         scores = torch.bmm(x_HND, w_HDE[:, :, first:last])
-        scores = scores if bias is None else scores + bias[:, None, first:last]
+        scores = scores if bias is None else scores + bias[:, None, first:last].to(scores.dtype)
         # earlier tiles come first, so that equal scores keep the lower id
         merged = torch.cat([best, scores], -1)
         keep = topk(merged.flatten(0, 1), min(k, merged.shape[2])).unflatten(0, (heads, rows))
@@ -98,7 +85,7 @@ def _best(x_HND: Tensor, w_HDE: Tensor, bias: Tensor | None, k: int) -> tuple[Te
         known = keep < ids.shape[2]
         earlier = torch.gather(ids, 2, torch.where(known, keep, 0)) if ids.shape[2] else keep
         ids = torch.where(known, earlier, keep - ids.shape[2] + first)
-    return best, ids
+    return ids
 
 
 def _by_expert(w_HDE: Tensor) -> Tensor:
