@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ from ..backends.protocol import Array, Component, Ops, Parameter
 from .build import LayerParts, LayerSpec, Runtime, build_layer
 from .config import Config
 from .data import GlobalBatch
+from .heads import HeadExchange, HeadsLayer
 from .layer import LayerStats
-from .routing.base import Memo, Router, State, Tokens
+from .routing.base import Memo, Router, State, Tokens, times
 from .routing.losses import combine_layers, loss_coefficients
 from .transformer import (
     Declare,
@@ -57,6 +58,7 @@ class Model:
     moe_layers: tuple[int, ...]
     coefficients: Mapping[str, float] = field(default_factory=dict)
     routers: Mapping[int, Router] = field(default_factory=dict)
+    heads: HeadExchange | None = None
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -91,7 +93,7 @@ class Model:
         auxiliary = combine_layers(self.ops, self.config.moe, auxiliary, inputs.tokens.total, inputs.tokens.layers)
         coefficients = loss_coefficients(self.config.moe, step)
         for name, value in auxiliary.items():
-            loss = loss + value * coefficients.get(name, 1.0)
+            loss = loss + times(self.ops, value, coefficients.get(name, 1.0))
         return loss, StepOutput(
             self.ops.stop_gradient(cross_entropy),
             {name: self.ops.stop_gradient(value) for name, value in auxiliary.items()},
@@ -120,6 +122,8 @@ class Model:
             step=step,
             training=training,
         )
+        if self.heads is not None:
+            tokens = replace(tokens, over_heads=self.heads.gather_tokens(tokens, batch.tokens_SL.size))
         length = batch.tokens_SL.shape[1]
         rotary = Rotary.make(ops, length, head_dim(model), model.rope_theta, self.config.train.dtype)
         return Inputs(tokens, rotary, _allowed(ops, batch))
@@ -143,7 +147,9 @@ def build_model(config: Config, runtime: Runtime) -> Model:
     blocks = [_build_block(config, runtime, i, part) for i, part in enumerate(parts)]
     routers = {i: part.layer.router for i, part in enumerate(parts) if isinstance(part, LayerParts)}
     components = (_build_vocabulary(config, runtime), *blocks)
-    return Model(config, runtime.ops, components, moe_layers, loss_coefficients(config.moe), routers)
+    layers = [part.layer for part in parts if isinstance(part, LayerParts)]
+    heads = next((layer.exchange for layer in layers if isinstance(layer, HeadsLayer)), None)
+    return Model(config, runtime.ops, components, moe_layers, loss_coefficients(config.moe), routers, heads)
 
 
 def _build_vocabulary(config: Config, runtime: Runtime) -> Component:

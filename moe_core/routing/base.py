@@ -50,7 +50,7 @@ class Tokens:
     real_T: boolean, False = padding (None: all real). total: real tokens of the whole optimizer step, over
     ranks and micro-batches. token_ids_T: for hash routing. sequence_positions: place of each sequence in the
     global batch (virtual nodes). domains_S: domain of each sequence. layers: number of MoE layers, the mean over
-    which the losses take.
+    which the losses take. over_heads: the tokens of all ranks that share the heads, gathered at the model's entry.
     """
 
     sequences: int
@@ -63,6 +63,7 @@ class Tokens:
     domains_S: np.ndarray | None = None
     step: int = 0
     training: bool = True
+    over_heads: Tokens | None = None
 
     def positions(self) -> np.ndarray:
         """(S,) place of each sequence in the global batch; their own order if nobody said."""
@@ -168,3 +169,10 @@ def only_real(ops: Ops, x_TE: Array, real_T: Array | None) -> Array:
 def wide_dtype(ops: Ops, router_dtype: DType, *arrays: Array) -> DType:
     """accumulate_dtype: float64 if anything is, else float32."""
     return "float64" if "float64" in (router_dtype, *(ops.dtype_of(a) for a in arrays)) else "float32"
+
+
+def times(ops: Ops, x: Array, number: float) -> Array:
+    """x * number, exact in the dtype of x: MindSpore rounds a Python number to float32 whatever the tensor is."""
+    if ops.dtype_of(x) != "float64" or float(np.float32(number)) == number:
+        return x * number
+    return x * ops.asarray(np.array(number, np.float64))

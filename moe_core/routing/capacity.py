@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from ...backends.protocol import Array, Ops
-from .base import RouterContext, State, Tokens
+from .base import RouterContext, State, Tokens, times
 from .theory import capacity_bound
 
 Factor = float | str | Fraction | int
@@ -88,7 +88,8 @@ def within_mass(ops: Ops, ids_TK: Array, scores_TK: Array, groups: int, num_expe
     order_CL = ops.topk(dense_CL, length)
     sorted_CL = ops.take_along(dense_CL, order_CL)
     before = ops.cast(ops.asarray(np.triu(np.ones((length, length)), 1)), ops.dtype_of(sorted_CL))
-    kept_CL = ((sorted_CL @ before) < sorted_CL.sum(-1).reshape((-1, 1)) * mass) & (sorted_CL > 0)
+    enough_C1 = times(ops, sorted_CL.sum(-1).reshape((-1, 1)), mass)
+    kept_CL = ((sorted_CL @ before) < enough_C1) & (sorted_CL > 0)
     row_C1 = ops.asarray(np.arange(rows).reshape(-1, 1) * length)
     flags = ops.count(ops.where(kept_CL, row_C1 + order_CL, -1), rows * length)
     flags_TE = ops.transpose(flags.reshape((groups, num_experts, length)), (0, 2, 1)).reshape((num_tokens, num_experts))

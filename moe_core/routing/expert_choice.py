@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...backends.protocol import Array, Ops, Parameter
-from .base import Choice, Memo, RouterContext, Tokens
+from .base import Choice, Memo, RouterContext, Tokens, times
 from .capacity import expert_capacity
 from .finite import screen
 from .gate import jittered
@@ -34,7 +34,7 @@ class ExpertChoice:
         screened = screen(ops, moe.nan_policy, jittered(context, raw_TE, tokens, memo))
         shares_TE = ops.softmax(screened.logits_TE)
         ids_TE = memo.once("chosen", lambda: self._ids(shares_TE, screened.unusable_T, tokens))
-        weights_TE = shares_TE if moe.route_scale == 1.0 else shares_TE * moe.route_scale
+        weights_TE = shares_TE if moe.route_scale == 1.0 else times(ops, shares_TE, moe.route_scale)
         return Choice(
             ids_TE,
             weights_TE,

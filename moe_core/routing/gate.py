@@ -8,7 +8,7 @@ import numpy as np
 
 from ...backends.protocol import Array, Ops
 from ..config import MoeConfig
-from .base import Choice, Memo, RouterContext, Tokens
+from .base import Choice, Memo, RouterContext, Tokens, times
 from .finite import screen
 from .keyed import uniform_noise
 
@@ -91,7 +91,7 @@ def _weights(ops: Ops, moe: MoeConfig, logits_TE: Array, picked_TK: Array, chose
         weights = picked_TK / ops.where(total_T1 == 0, 1.0, total_T1)
     else:
         weights = picked_TK
-    return weights if moe.route_scale == 1.0 else weights * moe.route_scale
+    return weights if moe.route_scale == 1.0 else times(ops, weights, moe.route_scale)
 
 
 def _shares(ops: Ops, moe: MoeConfig, scores_TE: Array) -> Array | None:

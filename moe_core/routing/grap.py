@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...backends.protocol import Array, Ops, Parameter
-from .base import Choice, Memo, RouterContext, Tokens, wide_dtype
+from .base import Choice, Memo, RouterContext, Tokens, times, wide_dtype
 from .gate import gate
 
 
@@ -56,7 +56,7 @@ class TokenResonance:
         context, ops = self._context, self._context.ops
         affinity_TE = cosines(ops, x_TD, block_means(context, x_TD, context.moe.num_experts))
         scale = math.sqrt(context.width) if context.moe.score_scale == "sqrt" else 1.0
-        choice = gate(context, affinity_TE * scale, tokens, memo)
+        choice = gate(context, times(ops, affinity_TE, scale), tokens, memo)
         affinity_TK = ops.stop_gradient(ops.take_along(affinity_TE, choice.chosen_TK))
         first_T = first_of(ops, affinity_TE, choice.chosen_TK) if context.moe.capacity_rule != "factor" else None
         return replace(choice, scores_TK=affinity_TK, cosine_T=first_T, best_first=True)
@@ -82,7 +82,9 @@ def scaled(context: RouterContext, means_TE: Array, num_blocks: int) -> Array:
     """Block means as logits: optional ReLU, optional factor sqrt(d/n)."""
     if context.moe.score_relu:
         means_TE = context.ops.relu(means_TE)
-    return means_TE * math.sqrt(context.width / num_blocks) if context.moe.score_scale == "sqrt" else means_TE
+    if context.moe.score_scale == "none":
+        return means_TE
+    return times(context.ops, means_TE, math.sqrt(context.width / num_blocks))
 
 
 def cosines(ops: Ops, x_TD: Array, means_TE: Array) -> Array:
@@ -91,7 +93,7 @@ def cosines(ops: Ops, x_TD: Array, means_TE: Array) -> Array:
     x_TD = ops.cast(x_TD, ops.dtype_of(means_TE))
     square_T1 = (x_TD * x_TD).sum(-1).reshape((-1, 1))
     norm_T1 = ops.sqrt(ops.where(square_T1 > 0, square_T1, 1.0))
-    return means_TE / norm_T1 * math.sqrt(width / blocks)
+    return times(ops, means_TE / norm_T1, math.sqrt(width / blocks))
 
 
 def first_of(ops: Ops, x_TE: Array, chosen_TK: Array) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from ...backends.protocol import Array, Ops
 from ..config import MoeConfig
 from ..planners.static import owners
-from .base import RouterContext, Tokens, only_real
+from .base import RouterContext, Tokens, only_real, times
 
 NODE_ROWS = "node_rows"
 """Statistic (nodes x nodes, flat): kept rows by home of the token and node of the expert."""
@@ -80,7 +80,8 @@ def locality_loss(context: RouterContext, shares_TE: Array, tokens: Tokens) -> A
     q_GE = everyone_GE / ops.where(count_G1 > 0, count_G1, 1.0)
     log_q_GE = ops.log(ops.where(q_GE > 0, q_GE, 1.0))
     ratio_GE = (log_q_GE - ops.cast(ops.asarray(target), wide)) * ops.cast(ops.asarray(weight), wide)
-    return (ops.stop_gradient(ratio_GE) * mass_GE).sum(-1).sum(-1) * (1.0 / (tokens.total * tokens.layers))
+    divergence = (ops.stop_gradient(ratio_GE) * mass_GE).sum(-1).sum(-1)
+    return times(ops, divergence, 1.0 / (tokens.total * tokens.layers))
 
 
 def node_rows(ops: Ops, moe: MoeConfig, ids_TK: Array, tokens: Tokens) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...backends.protocol import Array, Ops
 from ..config import MoeConfig
-from .base import RouterContext, Tokens, only_real
+from .base import RouterContext, Tokens, only_real, times
 
 COUNTS, MASS = "load_balance/counts", "load_balance/mass"
 """Parts of the load-balance loss that `aux_loss_layers: concatenated` adds up over the layers."""
@@ -76,17 +76,18 @@ def load_balance(counts_GE: Array, mass_GE: Array, ops: Ops, tokens: float) -> A
     """
     chosen_G1 = counts_GE.sum(-1).reshape((-1, 1))
     f_GE = counts_GE / ops.where(chosen_G1 > 0, chosen_G1, 1.0)
-    return (f_GE * mass_GE).sum(-1).sum(-1) * (counts_GE.shape[-1] / tokens)
+    return times(ops, (f_GE * mass_GE).sum(-1).sum(-1), counts_GE.shape[-1] / tokens)
 
 
 def z_loss(ops: Ops, logits_TE: Array, tokens: Tokens) -> Array:
     """(1/layers) mean over real tokens of logsumexp(logits)^2 (ST-MoE, eq. 5)."""
     lse_T1 = ops.logsumexp(logits_TE).reshape((-1, 1))
-    return only_real(ops, lse_T1 * lse_T1, tokens.real_T).sum(-1).sum(-1) * (1.0 / (tokens.total * tokens.layers))
+    squares = only_real(ops, lse_T1 * lse_T1, tokens.real_T).sum(-1).sum(-1)
+    return times(ops, squares, 1.0 / (tokens.total * tokens.layers))
 
 
 def entropy_loss(ops: Ops, shares_TE: Array, tokens: Tokens) -> Array:
     """(1/layers) mean over real tokens of -sum_e p_e ln p_e, in nats: a positive coefficient sharpens the router."""
     log_TE = ops.log(ops.where(shares_TE > 0, shares_TE, 1.0))
     surprise_TE = only_real(ops, shares_TE * log_TE, tokens.real_T)
-    return surprise_TE.sum(-1).sum(-1) * (-1.0 / (tokens.total * tokens.layers))
+    return times(ops, surprise_TE.sum(-1).sum(-1), -1.0 / (tokens.total * tokens.layers))
