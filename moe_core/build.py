@@ -9,6 +9,8 @@ import numpy as np
 
 from ..backends.protocol import Array, Communicator, Group, Ops, Parameter
 from .config import ClusterConfig, MoeConfig, ParallelConfig
+from .heads import HeadsLayer
+from .heads_build import build_heads
 from .layer import MoELayer
 from .mesh import Mesh
 from .planners.static import owners
@@ -17,7 +19,7 @@ from .residency.base import Residency
 from .residency.borrowed import Borrowed
 from .residency.fully_sharded import FullySharded
 from .residency.owned import Owned
-from .routing import RouterContext, make_router
+from .routing import Router, RouterContext, make_router
 from .topology import Topology, flat_topology, topology_of
 from .transformer import Declare, mlp, mlp_parameters
 from .transport.base import Transport
@@ -48,6 +50,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "expert_data": ("data",),
     "tensor": ("tensor",),
     "head": ("head",),
+    "head_expert": ("head", "expert"),
+    "head_data": ("data", "expert", "tensor"),
 }
 """Group name -> mesh axes along which its ranks differ."""
 
@@ -75,13 +79,13 @@ def make_runtime(
 class LayerParts:
     """A layer and the parameters that it reads by their short names."""
 
-    layer: MoELayer
+    layer: MoELayer | HeadsLayer
     parameters: tuple[Parameter, ...]
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What distinguishes one layer from another: names, seeds, scales of the first values."""
+    """What distinguishes one layer from another: names, seeds, scales of first values. router: one made already."""
 
     width: int
     prefix: str
@@ -91,17 +95,20 @@ class LayerSpec:
     checkpoint_experts: bool = False
     layer: int = 0
     vocab_size: int | None = None
+    router: Router | None = None
 
 
 def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> LayerParts:
-    """Router, planner, transport and residency of one layer on this rank."""
+    """Router, planner, transport and residency of one layer on this rank (`moe.num_heads > 1`: of its heads)."""
     ops, group = runtime.ops, runtime.groups["expert"]
+    if moe.num_heads > 1:
+        return build_heads(moe, parallel, runtime, spec, build_layer, _shared_experts(ops, moe, spec))
     if moe.num_experts < group.size:
         raise ValueError(
             f"expert_parallel_size={group.size} exceeds moe.num_experts={moe.num_experts}; choose at most one rank per expert"
         )
     place = (spec.layer, spec.vocab_size, runtime.comm, runtime.groups["world"])
-    router = make_router(RouterContext(ops, moe, spec.width, spec.seed, spec.std, *place))
+    router = spec.router or make_router(RouterContext(ops, moe, spec.width, spec.seed, spec.std, *place))
     residency = _residency(moe, parallel, runtime, spec)
     shared, shared_parameters = _shared_experts(ops, moe, spec)
     layer = MoELayer(

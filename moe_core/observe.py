@@ -37,6 +37,8 @@ class StepTotals:
 
     def _add_rows(self, stats: LayerStats, kept: float, index: int) -> None:
         self.scalars["rows/sent"] += kept
+        for level, sent in stats.bytes_sent.items():
+            self.scalars[f"bytes/{level}"] += sent
         if stats.plan is None:
             self.scalars["rows/computed"] += kept
             self.scalars["rows/local"] += kept

@@ -159,7 +159,8 @@ class Session:
         return self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
 
     def _gather(self, totals: StepTotals) -> StepSummary:
-        shape = (len(self.model.moe_layers), self.config.moe.num_experts)
+        moe = self.config.moe
+        shape = (len(self.model.moe_layers), moe.num_heads * moe.num_experts)
         names = (*SCALARS, *sorted(k for k in totals.scalars if k.startswith("bytes/")))
         return gather_totals(totals, self.comm, self.runtime.groups["world"], shape, names, self.stop_requested)
 
