@@ -49,7 +49,8 @@ class GlooWire:
         return [_back(y, template) for y, (_, template) in zip(results, receives, strict=True)]
 
     def gather_to_host(self, x: Tensor | np.ndarray, group: Group) -> np.ndarray:
-        return self._torch.gather_to_host(x.asnumpy() if isinstance(x, Tensor) else x, group)
+        value = x.asnumpy() if isinstance(x, Tensor) else np.asarray(x)
+        return self._torch.gather_to_host(value, group).reshape(group.size, *value.shape)
 
     def broadcast(self, x: Tensor, root: int, group: Group) -> Tensor:
         return _back(self._torch.broadcast(_lend(x), root, group), x)

@@ -83,7 +83,19 @@ def concat(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def split(x: Tensor, sizes: Sequence[int], axis: int = 0) -> list[Tensor]:
     """Cut along an axis into pieces of the given host sizes; zeros are allowed."""
-    return list(mint.split(x, [int(s) for s in sizes], axis))
+    return [_dense_gradient(part) for part in mint.split(x, [int(s) for s in sizes], axis)]
+
+
+def _same(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return x.contiguous(), ()
+
+
+def _dense(gradient: Tensor, saved: Sequence[Tensor], inputs: Any, needs: Any) -> tuple[Tensor]:
+    return (gradient.contiguous(),)
+
+
+_dense_gradient = primitive(_same, _dense)
+"""MindSpore 2.10 joins the gradients of a split by their memory, not their strides: a transposed one arrives scrambled."""
 
 
 def transpose(x: Tensor, axes: Sequence[int]) -> Tensor:

@@ -116,7 +116,7 @@ def clip_gradients(state: MindSporeState, max_norm: float | None) -> float:
     owners = {n: "world" if n in state.shards else p.norm_over for n, p in state.parameters.items()}
     total = 0.0
     for owner in sorted(set(owners.values()), key=lambda name: name or ""):
-        squares = [_square(state.grads[n]) for n in owners if owners[n] == owner and n in state.grads]
+        squares = [_square(state.grads[n]) for n in owners if owners[n] == owner and n in state.grads and state.grads[n].size]
         part = float(to_numpy(mint.cat(squares)).astype(np.float64).sum()) if squares else 0.0
         if owner is not None:
             part = float(state.comm.gather_to_host(np.array([part]), state.groups[owner]).sum())

@@ -1,0 +1,69 @@
+"""Settings and heartbeat shared by both Ascend frameworks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+from twinmoe.ascend import hccl
+
+
+def test_environment_has_the_documented_variables() -> None:
+    assert hccl.environment(hccl.HcclSettings()) == {
+        "HCCL_CONNECT_TIMEOUT": "1200",
+        "HCCL_EXEC_TIMEOUT": "1800",
+        "HCCL_BUFFSIZE": "200",
+        "HCCL_DETERMINISTIC": "true",
+    }
+
+
+def test_a_network_interface_is_named_to_both_transports() -> None:
+    found = hccl.environment(hccl.HcclSettings(deterministic=False, network_interface="eth0"))
+    assert (found["HCCL_SOCKET_IFNAME"], found["GLOO_SOCKET_IFNAME"]) == ("eth0", "eth0")
+    assert found["HCCL_DETERMINISTIC"] == "false"
+
+
+@pytest.mark.parametrize(("connect", "execute", "message"), [(60, 1800, "120..7200"), (1200, 1200, "must exceed")])
+def test_timeouts_that_hide_the_first_error_are_refused(connect: int, execute: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hccl.HcclSettings(connect_timeout_s=connect, execute_timeout_s=execute)
+
+
+def test_a_communicator_costs_two_buffers() -> None:
+    assert hccl.buffer_mb(4 * 4096 * 7168 * 2) == 224
+    assert hccl.buffer_mb(0) == 1
+    seven = dict.fromkeys(("world", "expert", "expert_data", "tensor", "head", "intra", "inter"), 200)
+    assert hccl.communicator_bytes(seven) == 2800 * 2**20
+
+
+def test_a_long_wait_is_reported_with_the_last_collectives() -> None:
+    told, done = [], threading.Event()
+    heart = hccl.Heartbeat(3, 0.02, lambda message: (told.append(message), done.set()))
+    for n in range(10):
+        heart.called(f"all_to_all number {n}")
+    with heart.waiting("the counts of expert"):
+        assert done.wait(5)
+    assert told[0].startswith("rank 3 has waited 0 s for the counts of expert; another rank failed")
+    assert "#10 all_to_all number 9" in told[0]
+    assert "#2 " not in told[0]
+
+
+def test_a_short_wait_is_not() -> None:
+    told: list[str] = []
+    heart = hccl.Heartbeat(0, 0.2, told.append)
+    with heart.waiting("nothing"):
+        pass
+    threading.Event().wait(0.3)
+    assert told == []
+
+
+def test_a_stuck_process_ends_with_a_message() -> None:
+    script = (
+        "import time; from twinmoe.ascend.hccl import Heartbeat; heart = Heartbeat(1, 0.1)\n"
+        "with heart.waiting('a peer'): time.sleep(30)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert "rank 1 has waited 0 s for a peer" in done.stderr
