@@ -195,7 +195,8 @@ def _one_step(case: Case, problem: Problem, backend: Any, state: Any, mine: tupl
         def loss_fn(rows: slice = rows) -> tuple[Any, MoEOutput]:
             out = state.modules["moe"](rows)
             dy = ops.cast(ops.asarray(problem.dy_SLD[list(mine)][rows].reshape(-1, WIDTH)), ops.dtype_of(out.y))
-            loss = (out.y * dy).sum(-1).sum(-1)
+            to_one_row = ops.asarray(np.zeros(dy.shape[0], np.int64))  # also right for a rank without rows
+            loss = ops.sum_rows(out.y * dy, to_one_row, 1).sum(-1).sum(-1)
             for name, value in out.losses.items():
                 loss = loss + value * getattr(case.moe, _COEFFICIENT[name])
             return loss, out

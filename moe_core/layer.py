@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..backends.protocol import Array, Communicator, Group, Ops
+from .idle import with_padding, without_padding
 from .plan import Plan
 from .planning import Planner
 from .residency.base import Residency
@@ -25,7 +26,7 @@ class LayerStats:
     """What happened: chosen_E counts choices before dropping (device); plan is None where nothing travels.
 
     statistics: integer arrays by name, for `Router.update_state` once summed over micro-batches and ranks; nan_T:
-    tokens whose router scores were not finite.
+    tokens whose router scores were not finite; bytes_sent: by level, what this rank sends besides the exchange.
     """
 
     chosen_E: Array
@@ -34,6 +35,7 @@ class LayerStats:
     exchange: Exchange
     statistics: Mapping[str, Array] = field(default_factory=dict)
     nan_T: Array | None = None
+    bytes_sent: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class MoELayer:
     checkpoint_experts: bool = False
 
     def __call__(self, params: Mapping[str, Array], x_TD: Array, tokens: Tokens, memo: Memo) -> MoEOutput:
+        if x_TD.shape[0] == 0:
+            out = self(params, *with_padding(self.ops, x_TD, tokens), memo)
+            return replace(out, y=without_padding(self.ops, out.y))
         routing = self.router.route(params, x_TD, tokens, memo)
         plan = self.plan(routing, tokens, memo)
         rows_ND, exchange = self.transport.dispatch(x_TD, routing, plan)
