@@ -33,6 +33,10 @@ class LayerCell(FunctionCell):
         """Parameters that differ between ranks, in the order in which `sync_gradients` takes their gradients."""
         return [self.weights[name] for name in self._experts()]
 
+    def owners(self) -> dict[int, str | None]:
+        """Group whose ranks hold the other parts, by id of each parameter that differs between ranks."""
+        return {id(self.weights[name]): self._specs[name].norm_over for name in self._experts()}
+
     def _experts(self) -> list[str]:
         return [n for n, p in self._specs.items() if p.norm_over is not None or p.reduce_over != "world"]
 
@@ -51,17 +55,19 @@ class LayerCell(FunctionCell):
         """(clipped gradients, norm); gradients: of `model.trainable_params()`, in their order. ValueError without."""
         if gradients is None:
             raise ValueError("MindSpore keeps no gradients; pass those of model.trainable_params() in their order")
-        mine = {
-            id(p)
-            for cell in model.cells_and_names()
-            if isinstance(cell[1], LayerCell)
-            for p in cell[1].expert_parameters()
+        owners = {
+            key: owner
+            for _, cell in model.cells_and_names()
+            if isinstance(cell, LayerCell)
+            for key, owner in cell.owners().items()
         }
-        squares = {True: 0.0, False: 0.0}
+        squares: dict[str | None, float] = dict.fromkeys((None, *owners.values()), 0.0)
         for parameter, g in zip(model.trainable_params(), gradients, strict=True):
-            squares[id(parameter) in mine] += float((to_numpy(g).astype(np.float64) ** 2).sum())
-        experts = self._comm.gather_to_host(np.array([squares[True]]), self._groups["expert"]).sum()
-        norm = math.sqrt(squares[False] + float(experts))
+            squares[owners.get(id(parameter))] += float((to_numpy(g).astype(np.float64) ** 2).sum())
+        total = squares.pop(None)
+        for owner in sorted(o for o in squares if o is not None):
+            total += float(self._comm.gather_to_host(np.array([squares[owner]]), self._groups[owner]).sum())
+        norm = math.sqrt(total)
         factor = max_norm / norm if norm > max_norm else 1.0
         return tuple(g * number(factor, g) for g in gradients), norm
 

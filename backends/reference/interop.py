@@ -59,11 +59,14 @@ class ReferenceLayerModule:
         """(clipped gradients, norm); gradients: of the model's leaves, in their order. ValueError without them."""
         if gradients is None:
             raise ValueError("the reference keeps no gradients; pass those of the model's leaves in their order")
-        squares = {True: 0.0, False: 0.0}
-        for (_, is_expert), g in zip(_leaves(model), gradients, strict=True):
-            squares[is_expert] += float((g * g).sum())
-        experts = self._comm.all_reduce(Var(squares[True]), self._groups["expert"]).value
-        norm = math.sqrt(squares[False] + float(experts))
+        leaves = _leaves(model)
+        squares = {owner: 0.0 for _, owner in leaves}
+        for (_, owner), g in zip(leaves, gradients, strict=True):
+            squares[owner] += float((g * g).sum())
+        total = squares.pop(None, 0.0)
+        for owner in sorted(o for o in squares if o is not None):
+            total += float(self._comm.all_reduce(Var(squares[owner]), self._groups[owner]).value)
+        norm = math.sqrt(total)
         factor = max_norm / norm if norm > max_norm else 1.0
         return tuple(g * factor for g in gradients), norm
 
@@ -78,14 +81,18 @@ class ReferenceLayerModule:
             found.update({piece.name: np.array(row) for piece, row in rows})
         return found
 
+    def owners(self) -> dict[Var, str | None]:
+        """Group whose ranks hold the other parts, for each leaf that differs between ranks."""
+        return {self.leaves[p.name]: p.norm_over for p in self._experts()}
+
     def _experts(self) -> list[Parameter]:
         return [p for p in self._specs.values() if p.norm_over is not None or p.reduce_over != "world"]
 
 
-def _leaves(model: Model) -> list[tuple[Var, bool]]:
-    """(leaf, whether it differs between ranks)."""
-    found: list[tuple[Var, bool]] = []
+def _leaves(model: Model) -> list[tuple[Var, str | None]]:
+    """(leaf, group whose ranks hold its other parts)."""
+    found: list[tuple[Var, str | None]] = []
     for part in model:
-        mine = set(part.expert_parameters()) if isinstance(part, ReferenceLayerModule) else set()
-        found += [(leaf, leaf in mine) for leaf in ([part] if isinstance(part, Var) else part.leaves.values())]
+        owners = part.owners() if isinstance(part, ReferenceLayerModule) else {}
+        found += [(leaf, owners.get(leaf)) for leaf in ([part] if isinstance(part, Var) else part.leaves.values())]
     return found

@@ -46,16 +46,21 @@ class TorchLayerModule(FunctionModule):
                     "experts; call twinmoe.moe_core.exclude_experts(layer, model) before wrapping the model"
                 )
 
-    def _is_expert(self, name: str) -> bool:
+    def is_expert(self, name: str) -> bool:
+        """Whether a parameter differs between ranks."""
         spec = self._specs[name]
         return spec.norm_over is not None or spec.reduce_over != "world"
 
+    def norm_over(self, name: str) -> str | None:
+        """Name of the group whose ranks hold the other parts of a parameter."""
+        return self._specs[name].norm_over
+
     def expert_parameters(self) -> list[nn.Parameter]:
-        return [value for name, value in self.named().items() if self._is_expert(name)]
+        return [value for name, value in self.named().items() if self.is_expert(name)]
 
     def sync_gradients(self, gradients: Any = None) -> None:
         for name, value in self.named().items():
-            if not self._is_expert(name):
+            if not self.is_expert(name):
                 continue
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
@@ -66,16 +71,18 @@ class TorchLayerModule(FunctionModule):
 
     @torch.no_grad()
     def clip_grad_norm(self, model: nn.Module, max_norm: float, gradients: Any = None) -> float:
-        squares = torch.zeros(3, dtype=torch.float64)  # counted as they are, summed over experts, over FSDP shards
-        placed = _expert_identities(model)
+        owners = _owners(model)
+        # counted as they are (None), or summed over the ranks that hold the other parts; FSDP shards over all ranks
+        squares: dict[str | None, float] = dict.fromkeys((None, "world", *owners.values()), 0.0)
         for parameter in model.parameters():
             if parameter.grad is not None:
-                where = 1 if id(parameter) in placed else 2 if hasattr(parameter.grad, "to_local") else 0
+                where = owners.get(id(parameter), "world" if hasattr(parameter.grad, "to_local") else None)
                 squares[where] += float(torch.linalg.vector_norm(local(parameter.grad).double()) ** 2)
-        device = next(model.parameters()).device
-        experts = self._sum(squares[1:2], self._groups["expert"], device)
-        shards = self._sum(squares[2:], self._groups["world"], device)
-        norm = math.sqrt(float(squares[0]) + experts + shards)
+        device, total = next(model.parameters()).device, squares.pop(None)
+        for name in sorted(n for n in squares if n is not None):
+            part = torch.tensor([squares[name]], dtype=torch.float64)
+            total += self._sum(part, self._groups[name], device)
+        norm = math.sqrt(total)
         if norm > max_norm:
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -102,7 +109,14 @@ class TorchLayerModule(FunctionModule):
         return found
 
 
+def _owners(model: nn.Module) -> dict[int, str | None]:
+    """Group whose ranks hold disjoint parts, for each parameter that differs between ranks."""
+    layers = [m for m in model.modules() if isinstance(m, TorchLayerModule)]
+    return {
+        id(p): layer.norm_over(name) for layer in layers for name, p in layer.named().items() if layer.is_expert(name)
+    }
+
+
 def _expert_identities(model: nn.Module) -> set[int]:
     layers = [m for m in model.modules() if isinstance(m, TorchLayerModule)]
     return {id(p) for layer in layers for p in layer.expert_parameters()}
-
