@@ -14,7 +14,7 @@ from .build import LayerSpec, Runtime, build_layer, make_runtime
 from .config import MoeConfig, ParallelConfig
 from .layer import MoEOutput
 from .mesh import Mesh
-from .routing.base import Memo, Tokens
+from .routing.base import Memo, Tokens, times
 from .transformer import scoped
 
 WIDTH = 12
@@ -198,7 +198,7 @@ def _one_step(case: Case, problem: Problem, backend: Any, state: Any, mine: tupl
             to_one_row = ops.asarray(np.zeros(dy.shape[0], np.int64))  # also right for a rank without rows
             loss = ops.sum_rows(out.y * dy, to_one_row, 1).sum(-1).sum(-1)
             for name, value in out.losses.items():
-                loss = loss + value * getattr(case.moe, _COEFFICIENT[name])
+                loss = loss + times(ops, value, getattr(case.moe, _COEFFICIENT[name]))
             return loss, out
 
         _, out = trainer.accumulate(state, loss_fn)

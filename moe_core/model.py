@@ -171,7 +171,8 @@ def _build_vocabulary(config: Config, runtime: Runtime) -> Component:
         head = ops.transpose(p["w_embedding"], (1, 0)) if model.tie_embeddings else p["w_head"]
         targets = batch.targets_SL.reshape(-1)
         losses_T = ops.cross_entropy(x_TD @ head, ops.asarray(np.maximum(targets, 0)))
-        return ops.where(ops.asarray(targets >= 0), losses_T, 0.0).sum(-1) * (1.0 / max(1, batch.total_targets))
+        total = ops.where(ops.asarray(targets >= 0), losses_T, 0.0).sum(-1)
+        return times(ops, total, 1.0 / max(1, batch.total_targets))
 
     return Component("vocabulary", tuple(parameters), forward)
 
