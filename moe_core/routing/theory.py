@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 
 def cap_probability(delta: float, width: int, two_sided: bool = True) -> float:
@@ -64,6 +64,8 @@ def token_choice_success(tokens: int, num_experts: int, right: float, capacity: 
 
     right: probability that a token picks its right expert; an expert keeps `capacity` of what arrives, blindly.
     """
+    from scipy import stats  # takes a second to import, which no other use of a router should pay
+
     kept = stats.binom(tokens, 1 / num_experts).expect(lambda load: np.minimum(load, capacity))
     return float(right * kept / (tokens / num_experts))
 
@@ -73,6 +75,8 @@ def expert_choice_success(tokens: int, outranked: float, capacity: int) -> float
 
     outranked: probability that an irrelevant token ranks above it.
     """
+    from scipy import stats  # as above
+
     return float(stats.binom.cdf(capacity - 1, tokens - 1, outranked))
 
 

@@ -1,4 +1,4 @@
-"""Routers asked for host values: the same few lines for every test and backend. Float64 unless a test says otherwise."""
+"""Routers asked for host values, in the same few lines for every test and backend. Float64 unless a test says so."""
 
 from __future__ import annotations
 

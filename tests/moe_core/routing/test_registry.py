@@ -1,0 +1,54 @@
+"""Names, and a router from outside the package: the example of docs/routers.md, run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from twinmoe.backends.registry import Backend
+from twinmoe.moe_core import routing
+from twinmoe.testing.moe_core.routing.support import route, settings
+
+DOCS = Path(__file__).parents[3] / "docs" / "routers.md"
+X = np.random.default_rng(0).standard_normal((6, 8))
+
+
+@pytest.fixture(scope="module")
+def example() -> str:
+    """Source of the docs' own-router example; running it registers `nearest`."""
+    found = re.search(r"```python\n(.*?register_router.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    if "nearest" not in routing.router_names():
+        exec(compile(found[1], str(DOCS), "exec"), {})
+    return found[1]
+
+
+def test_every_name_of_the_field_is_known() -> None:
+    assert set(routing.router_names()) >= {
+        "topk", "switch", "grap", "hash", "hierarchical", "expert_token_resonance", "expert_choice", "domain",
+        "random_routed",
+    }  # fmt: skip
+
+
+def test_the_example_fits_in_twenty_lines(example: str) -> None:
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20
+
+
+def test_a_router_from_outside_has_capacity_losses_and_padding(example: str, home: Backend) -> None:
+    moe = settings(router="nearest", num_experts=4, top_k=1, aux_loss_coeff=1.0, capacity_factor=1.0)
+    w = np.random.default_rng(1).standard_normal((8, 4))
+    routed = route(home, moe, X, w, real_T=[True] * 5 + [False], total=5.0)
+    nearest = ((X[:, :, None] - w) ** 2).sum(1).argmin(1)
+    np.testing.assert_array_equal(routed.chosen[:5, 0], nearest[:5])
+    assert routed.chosen[5].tolist() == [-1]
+    assert np.bincount(routed.ids[routed.ids >= 0], minlength=4).max() <= 2
+    assert np.isfinite(routed.losses["load_balance"])
+
+
+def test_names_are_taken_once_and_unknown_ones_are_refused(example: str, home: Backend) -> None:
+    with pytest.raises(ValueError, match="'nearest' exists already"):
+        routing.register_router("nearest", lambda context: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="is unknown; choose one of domain, expert_choice"):
+        route(home, settings(router="nearset"), X)
