@@ -26,6 +26,15 @@ Forward = Callable[..., tuple[Tensor, Sequence[Tensor]]]
 Backward = Callable[..., tuple[Any, ...]]
 
 
+_differentiate: Any = ms.value_and_grad
+
+
+def value_and_grad(fn: Callable[[], Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """fn() and its gradients with respect to the Parameters it closes over; zeros where it does not use one."""
+    value, gradients = _differentiate(fn, None, weights=tuple(weights))()
+    return value, gradients
+
+
 def primitive(forward: Forward, backward: Backward) -> Callable[..., Tensor]:
     """A differentiable function of tensors and host values with a gradient of its own.
 

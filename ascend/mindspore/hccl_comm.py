@@ -12,13 +12,14 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor
 
 from ...backends.protocol import Group, Launch
 from ...backends.registry import surrounding_launcher
 from .. import hccl
 from . import runtime
 from .comm import MindSporeCommunicator, Splits
+from .framework import mint, ops
 from .ops import asarray, to_numpy
 
 
@@ -31,7 +32,7 @@ def connect(launch: Launch) -> MindSporeCommunicator:
     rank = int(mint.distributed.get_rank())
     if rank != launch.rank:
         raise RuntimeError(
-            f"MindSpore numbers this process {rank}, the launcher {launch.rank}; give --node_rank to msrun on every node"
+            f"MindSpore numbers this process {rank}, the launcher {launch.rank}; give --node_rank to every msrun"
         )
     return MindSporeCommunicator(launch.rank, launch.size, HcclWire(launch, mint.distributed))
 

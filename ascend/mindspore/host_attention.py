@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor
 
 from .autograd import primitive
+from .framework import mint, ops
 
 _product = ops.BatchMatMul()
 _product_tb = ops.BatchMatMul(transpose_b=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mindspore as ms
-from mindspore import Tensor, mint
+from mindspore import Tensor
 
 from .autograd import primitive
+from .framework import mint
 from .ops import widen
 from .plain_rows import combine_backward
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import mindspore as ms
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor
 
 from .autograd import primitive
+from .framework import mint, ops
 from .ops import number
 
 Activation = Literal["swiglu", "gelu"]

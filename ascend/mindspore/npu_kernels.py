@@ -6,7 +6,9 @@ Their argument checks run on any machine; nothing here has run on an NPU yet.
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor
+
+from .framework import mint, ops
 
 MAX_GROUPS = 1024
 MAX_WIDTH = 65535

@@ -11,10 +11,11 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, mint, nn, ops
+from mindspore import Tensor, nn
 
 from ...backends.protocol import DType
 from .autograd import primitive
+from .framework import mint, ops
 
 DTYPES: dict[DType, Any] = {
     "float64": ms.float64,
@@ -22,7 +23,7 @@ DTYPES: dict[DType, Any] = {
     "bfloat16": ms.bfloat16,
     "float16": ms.float16,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES: dict[Any, DType] = {dtype: name for name, dtype in DTYPES.items()}
 MASKED = -1e30
 """Stands for minus infinity in attention scores: the difference of two of them is not NaN."""
 
@@ -95,7 +96,7 @@ def _dense(gradient: Tensor, saved: Sequence[Tensor], inputs: Any, needs: Any) -
 
 
 _dense_gradient = primitive(_same, _dense)
-"""MindSpore 2.10 joins the gradients of a split by their memory, not their strides: a transposed one arrives scrambled."""
+"""MindSpore 2.10 joins gradients of a split by their memory, not their strides: a transposed one arrives scrambled."""
 
 
 def transpose(x: Tensor, axes: Sequence[int]) -> Tensor:

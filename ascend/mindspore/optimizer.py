@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindspore import Parameter, Tensor, mint, ops
+from mindspore import Parameter, Tensor
 
 from ...backends.protocol import TrainOptions
+from .framework import mint, ops
 from .ops import number
 
 

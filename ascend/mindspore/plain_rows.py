@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor
 
 from .autograd import primitive
+from .framework import mint, ops
 from .ops import widen
 
 

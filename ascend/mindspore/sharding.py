@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Tensor, mint
+from mindspore import Tensor
 
 from ...backends.protocol import Communicator, Group, Parameter
+from .framework import mint
 
 
 @dataclass(frozen=True)

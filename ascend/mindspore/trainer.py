@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter as Weight
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor
 
 from ...backends.protocol import Communicator, Component, DType, Group, Parameter, TrainOptions
+from .autograd import value_and_grad
 from .cell import FunctionCell, make_weight
+from .framework import mint, ops
 from .interop import LayerCell
 from .ops import asarray, number, to_numpy
 from .optimizer import Moments, Rate, update
@@ -79,7 +80,7 @@ def accumulate(state: MindSporeState, loss_fn: Callable[[], tuple[Tensor, Any]])
         kept.append(aux)
         return loss
 
-    loss, found = ms.value_and_grad(loss_alone, None, weights=tuple(state.weights.values()))()
+    loss, found = value_and_grad(loss_alone, list(state.weights.values()))
     for name, gradient in zip(state.weights, found, strict=True):
         state.grads[name] = state.grads[name] + gradient if name in state.grads else gradient
     return loss, kept[0]
@@ -116,7 +117,9 @@ def clip_gradients(state: MindSporeState, max_norm: float | None) -> float:
     owners = {n: "world" if n in state.shards else p.norm_over for n, p in state.parameters.items()}
     total = 0.0
     for owner in sorted(set(owners.values()), key=lambda name: name or ""):
-        squares = [_square(state.grads[n]) for n in owners if owners[n] == owner and n in state.grads and state.grads[n].size]
+        squares = [
+            _square(state.grads[n]) for n in owners if owners[n] == owner and n in state.grads and state.grads[n].size
+        ]
         part = float(to_numpy(mint.cat(squares)).astype(np.float64).sum()) if squares else 0.0
         if owner is not None:
             part = float(state.comm.gather_to_host(np.array([part]), state.groups[owner]).sum())

@@ -34,13 +34,19 @@ def test_timeouts_that_hide_the_first_error_are_refused(connect: int, execute: i
 def test_a_communicator_costs_two_buffers() -> None:
     assert hccl.buffer_mb(4 * 4096 * 7168 * 2) == 224
     assert hccl.buffer_mb(0) == 1
-    seven = dict.fromkeys(("world", "expert", "expert_data", "tensor", "head", "intra", "inter"), 200)
-    assert hccl.communicator_bytes(seven) == 2800 * 2**20
+    seven = [(name, 200) for name in ("world", "expert", "expert_data", "tensor", "head", "intra", "inter")]
+    assert hccl.communicator_bytes(dict(seven)) == 2800 * 2**20
 
 
 def test_a_long_wait_is_reported_with_the_last_collectives() -> None:
-    told, done = [], threading.Event()
-    heart = hccl.Heartbeat(3, 0.02, lambda message: (told.append(message), done.set()))
+    told: list[str] = []
+    done = threading.Event()
+
+    def leave(message: str) -> None:
+        told.append(message)
+        done.set()
+
+    heart = hccl.Heartbeat(3, 0.02, leave)
     for n in range(10):
         heart.called(f"all_to_all number {n}")
     with heart.waiting("the counts of expert"):

@@ -138,7 +138,7 @@ def sharded(rank: Rank) -> None:
         options = TrainOptions(dtype="float64", data_sharding=how)  # type: ignore[arg-type]
         state = TRAINER.build([component], options, groups, rank.gloo)
         assert how == "none" or state.weights["w"].shape == (7,)
-        norms = []
+        norms, gradients = [], {}
         for _ in range(3):
             x = rank.values(6, 4, dtype="float64")
             for _ in range(2):

@@ -17,8 +17,9 @@ from twinmoe.testing.conftest import load_or_skip
 
 HOME = load_or_skip("mindspore-cpu")
 
-import mindspore as ms  # noqa: E402
 from mindspore import nn  # noqa: E402
+from twinmoe.ascend.mindspore.autograd import value_and_grad  # noqa: E402
+from twinmoe.ascend.mindspore.framework import ops  # noqa: E402
 
 MOE = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 16}
 
@@ -33,22 +34,24 @@ class Network(nn.Cell):
         self.head = nn.Dense(8, 3)
 
     def construct(self, x: Any) -> Any:
-        out = self.moe(self.before(x))
-        return self.head(out.y), out.losses["load_balance"]
+        cells: Any = self
+        out = cells.moe(cells.before(x))
+        return cells.head(out.y), out.losses["load_balance"]
 
 
 def training(network: Network, optimizer: Any) -> list[float]:
     rng = np.random.default_rng(0)
     x, target = (HOME.ops.asarray(rng.normal(size=s).astype(np.float32)) for s in ((32, 8), (32, 3)))
 
+    model: Any = network
+
     def loss() -> Any:
-        y, balance = network(x)
+        y, balance = model(x)
         return ((y - target) ** 2).mean(-1).mean(0) + balance * 0.01
 
-    step = ms.value_and_grad(loss, None, weights=optimizer.parameters)
     losses = []
     for _ in range(60):
-        value, grads = step()
+        value, grads = value_and_grad(loss, optimizer.parameters)
         grads, _ = clip_grad_norm(network.moe, network, 5.0, grads)
         optimizer(grads)
         losses.append(float(value.asnumpy()))
@@ -76,7 +79,7 @@ def test_every_parameter_is_registered_once(network: Network) -> None:
 
 
 def test_clipping_returns_the_global_norm_and_scales(network: Network) -> None:
-    grads = tuple(ms.ops.ones_like(p) for p in network.trainable_params())
+    grads = tuple(ops.ones_like(p) for p in network.trainable_params())
     elements = sum(g.size for g in grads)
     clipped, norm = clip_grad_norm(network.moe, network, 1.0, grads)
     assert norm == pytest.approx(np.sqrt(elements), rel=1e-6)
@@ -86,6 +89,6 @@ def test_clipping_returns_the_global_norm_and_scales(network: Network) -> None:
 def test_gradients_must_be_handed_over(network: Network) -> None:
     with pytest.raises(ValueError, match="MindSpore keeps no gradients"):
         sync_gradients(network.moe)
-    given = tuple(ms.ops.ones_like(p) for p in expert_parameters(network.moe))
+    given = tuple(ops.ones_like(p) for p in expert_parameters(network.moe))
     found = sync_gradients(network.moe, given)
     assert all((f.asnumpy() == 1).all() for f in found)

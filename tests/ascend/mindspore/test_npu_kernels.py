@@ -15,8 +15,9 @@ from twinmoe.testing.conftest import load_or_skip
 HOME = load_or_skip("mindspore-cpu")
 
 import mindspore as ms  # noqa: E402
-from mindspore import Tensor, mint, ops  # noqa: E402
+from mindspore import Tensor  # noqa: E402
 from twinmoe.ascend.mindspore import npu_kernels, npu_ops, plain_rows  # noqa: E402
+from twinmoe.ascend.mindspore.framework import mint, ops  # noqa: E402
 
 
 def floats(*shape: int) -> Tensor:
