@@ -40,6 +40,8 @@ _PLAIN: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pr
 app = typer.Typer(name="twinmoe", help="Train Mixture-of-Experts models.", **_PLAIN)
 configs_app = typer.Typer(help="The configs that come with the package.", **_PLAIN)
 data_app = typer.Typer(help="Data sets.", **_PLAIN)
+bench_app = typer.Typer(help="How fast things are on this machine.", **_PLAIN)
+app.add_typer(bench_app, name="bench")
 app.add_typer(configs_app, name="configs")
 app.add_typer(data_app, name="data")
 
@@ -75,6 +77,32 @@ def train(
     summary = start(resolve(request), Console(stderr=as_json))
     if summary.get("rank", 0) == 0:
         _emit(summary, as_json, lambda: print(*summary_lines(summary), sep="\n"))
+
+
+@app.command()
+def verify(
+    level: Annotated[str, typer.Option(metavar="quick|standard|full", help="How many cases.")] = "standard",
+    worlds: Annotated[str, typer.Option(metavar="N,...", help="Numbers of local processes.")] = "2,4",
+    backend: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which backends; default: train's.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="float64|float32|bfloat16", help="Precision of the layer.")] = "float64",
+    as_json: Json = False,
+) -> None:
+    """Compare every way of running a layer with the dense oracle, on this machine's backends and ranks."""
+    from .verify_request import VerifyRequest, lines, verify
+
+    report = verify(VerifyRequest(level, worlds, tuple(backend or ()), dtype))
+    _emit(report, as_json, lambda: print(*lines(report), sep="\n"))
+    if report["failed"]:
+        raise typer.Exit(1)
+
+
+@bench_app.command(name="planner")
+def bench_planner(as_json: Json = False) -> None:
+    """Milliseconds to plan, by planner, experts and ranks; compilation is left out."""
+    from . import bench_planner as module
+
+    report = module.run()
+    _emit(report, as_json, lambda: print(*table_lines(report["rows"]), sep="\n"))
 
 
 @app.command(name="launch")
@@ -178,6 +206,20 @@ def _emit(report: Report, as_json: bool, show: Callable[[], object]) -> None:
         print(json.dumps(report), flush=True)
     else:
         show()
+
+
+def table_lines(rows: Sequence[Report]) -> list[str]:
+    """Rows as aligned text; a key that a row lacks is a dash."""
+    if not rows:
+        return ["no rows"]
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [heads, *([_cell(row.get(head)) for head in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
+    return ["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in cells]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def run(words: Sequence[str]) -> int:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..backends.registry import Choice, choose, launcher_name, probe, read_launch, surrounding_launcher
+from ..backends.registry import Choice, choose, launcher_name, load, probe, read_launch, surrounding_launcher
 from .combinations import ConfigError, check_ranks, check_trainable
 from .compose import command_line_backend, load_config
 from .config import Config
 from .launch import Job, free_port, run_job
 from .progress import RunView
-from .run_folder import CONFIG, default_run_dir, open_run_folder
-from .worker import Order, work
+from .run_folder import CONFIG, SUMMARY, default_run_dir, open_run_folder
+from .worker import Order, train_rank
 
 AUTO = "auto"
 _HOST_RANKS = 4  # where ranks share the host
@@ -46,7 +47,7 @@ class Resolved:
 
     @property
     def order(self) -> Order:
-        return Order(self.run_dir, self.choice.name, self.choice.decided_by, self.resume)
+        return Order("train", self.run_dir, self.choice.name, self.choice.decided_by, {"resume": self.resume})
 
     def start_line(self) -> str:
         """Which backend runs, who decided it and why; how many ranks; which scheme."""
@@ -109,7 +110,11 @@ def _join(resolved: Resolved, console: Console) -> dict[str, Any]:
     if launch.rank == 0:
         open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
         console.print(resolved.start_line(), highlight=False, soft_wrap=True)
-    return {**work(resolved.order, launch, resolved.config), "rank": launch.rank}
+    backend = load(resolved.choice.name, resolved.choice.decided_by)
+    summary = train_rank(resolved.config, resolved.order, backend, launch)
+    if launch.rank == 0:
+        (resolved.run_dir / SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
+    return {**summary, "rank": launch.rank}
 
 
 def _run_dir(request: TrainRequest, config: Config) -> Path:

@@ -1,4 +1,4 @@
-"""One rank of a job. Its supervisor starts it through a launcher: `python -m twinmoe.moe_core.worker RUN_DIR ...`.
+"""One rank of a job. Its supervisor starts it through a launcher: `python -m twinmoe.moe_core.worker TASK RUN_DIR ...`.
 
 It writes to logs/rank_N.log only. How it ended stands in the run folder: summary.json from rank 0, or
 logs/rank_N.error.json from a rank that failed. Its standard input is a line to the supervisor: a byte asks
@@ -16,13 +16,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..backends.protocol import Launch
-from ..backends.registry import BackendError, LaunchError, is_scheduler, load, read_launch
+from ..backends.registry import Backend, BackendError, LaunchError, is_scheduler, load, read_launch
 from .checkpoint import CheckpointError
 from .combinations import ConfigError
 from .compose import load_config
@@ -37,40 +37,52 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is told."""
+    """What a worker is told. options: the task's own, of JSON's types."""
 
+    task: str
     run_dir: Path
     backend: str
     decided_by: str
-    resume: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def words(self) -> list[str]:
         """The order as command-line words."""
-        words = [str(self.run_dir), "--backend", self.backend, "--decided-by", self.decided_by]
-        return [*words, "--resume", self.resume] if self.resume else words
+        words = [self.task, str(self.run_dir), "--backend", self.backend, "--decided-by", self.decided_by]
+        return [*words, "--options", json.dumps(self.options)]
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Order:
         parser = argparse.ArgumentParser(prog="twinmoe worker")
+        parser.add_argument("task", choices=TASKS)
         parser.add_argument("run_dir", type=Path)
         parser.add_argument("--backend", required=True)
         parser.add_argument("--decided-by", required=True)
-        parser.add_argument("--resume")
+        parser.add_argument("--options", type=json.loads, default={})
         return cls(**vars(parser.parse_args(words)))
 
 
-def work(order: Order, launch: Launch, config: Config) -> dict[str, Any]:
-    """Train as one rank; rank 0 leaves environment.json and summary.json behind. Raises what training raises."""
+def train_rank(config: Config, order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
+    """Train as one rank; rank 0 leaves environment.json behind. Raises what training raises."""
     from .train import run
 
-    backend = load(order.backend, order.decided_by)
     launch = replace(launch, timeout_s=config.train.timeout_s)
     if launch.rank == 0:
         write_environment(order.run_dir, config, backend, {"world_size": launch.size})
-    summary = run(config, backend, launch, order.run_dir, order.resume)
-    if launch.rank == 0:
-        (order.run_dir / SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
-    return summary
+    return run(config, backend, launch, order.run_dir, order.options.get("resume"))
+
+
+def _train(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
+    return train_rank(load_config(order.run_dir / CONFIG), order, backend, launch)
+
+
+def _verify(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
+    from .verify import run
+
+    return run(backend, launch, order.options["level"], order.options["dtype"])
+
+
+TASKS: Mapping[str, Callable[[Order, Backend, Launch], dict[str, Any]]] = {"train": _train, "verify": _verify}
+"""What local workers can do: each returns its report, the same on every rank."""
 
 
 def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
@@ -100,7 +112,9 @@ def main(words: Sequence[str] | None = None) -> None:
     threading.Thread(target=_listen, daemon=True).start()
     status = 0
     try:
-        work(order, launch, load_config(order.run_dir / CONFIG))
+        report = TASKS[order.task](order, load(order.backend, order.decided_by), launch)
+        if launch.rank == 0:
+            (order.run_dir / SUMMARY).write_text(json.dumps(report), encoding="utf-8")
     except BaseException as error:
         note_failure(order.run_dir, launch.rank, error)
         traceback.print_exc()

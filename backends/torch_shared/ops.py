@@ -11,11 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from ..protocol import DType
 from .router import router_topk, topk
 
 __all__ = ["router_topk", "topk"]
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[DType, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -33,7 +39,7 @@ def cast(x: Tensor, dtype: str) -> Tensor:
     return x.to(_DTYPES[dtype])
 
 
-def dtype_of(x: Tensor) -> str:
+def dtype_of(x: Tensor) -> DType:
     return _NAMES[x.dtype]
 
 
@@ -87,6 +93,11 @@ def softmax(x: Tensor) -> Tensor:
 
 def logsumexp(x: Tensor) -> Tensor:
     return torch.logsumexp(x, -1)
+
+
+def plain_topk(scores_TE: Tensor, k: int) -> Tensor:
+    """torch's own top-k, equal scores in any order: what `bench router` compares with; not part of the contract."""
+    return torch.topk(scores_TE, k, dim=-1).indices
 
 
 def argsort(keys_N: Tensor) -> Tensor:
