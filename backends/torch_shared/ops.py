@@ -22,7 +22,7 @@ _DTYPES: dict[DType, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES: dict[torch.dtype, DType] = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def asarray(value: np.ndarray) -> Tensor:
@@ -35,7 +35,7 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return x.cpu().numpy().copy() if x.device.type == "cpu" else x.cpu().numpy()
 
 
-def cast(x: Tensor, dtype: str) -> Tensor:
+def cast(x: Tensor, dtype: DType) -> Tensor:
     return x.to(_DTYPES[dtype])
 
 
