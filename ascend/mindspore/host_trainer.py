@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ...backends.host_memory import peak_resident
 from ...backends.protocol import Communicator, Component, Group, TrainOptions
 from . import trainer
 from .host_ops import check_dtype
+from .host_optimizer import update
 from .trainer import (
     accumulate,
     clip_gradients,
@@ -41,7 +43,7 @@ def build(
 ) -> trainer.MindSporeState:
     """Make the cells, draw the parameters, prepare the optimizer. ValueError for bfloat16."""
     check_dtype(options.dtype)
-    return trainer.build(components, options, groups, comm)
+    return replace(trainer.build(components, options, groups, comm), update=update)
 
 
 def peak_memory(reset: bool = False) -> int:

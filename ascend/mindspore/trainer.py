@@ -24,6 +24,7 @@ from .optimizer import Moments, Rate, update
 from .sharding import Shards, shards_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Update = Callable[[Weight, Tensor, Moments | None, TrainOptions, Rate], None]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class MindSporeState:
     groups: Mapping[str, Group]
     comm: Communicator
     moments: Mapping[str, Moments]
+    update: Update = update
     grads: dict[str, Tensor] = field(default_factory=dict)
     updates: int = 0
 
@@ -140,7 +142,7 @@ def step(state: MindSporeState, learning_rate: float) -> None:
     for name, weight in state.weights.items():
         decay = state.options.weight_decay if state.parameters[name].weight_decay else 0.0
         rate = Rate(learning_rate, decay, state.updates)
-        update(weight, _gradient(state, name), state.moments.get(name), state.options, rate)
+        state.update(weight, _gradient(state, name), state.moments.get(name), state.options, rate)
     state.grads = {}
 
 

@@ -34,9 +34,9 @@ class Network(nn.Cell):
         self.head = nn.Dense(8, 3)
 
     def construct(self, x: Any) -> Any:
-        cells: Any = self
-        out = cells.moe(cells.before(x))
-        return cells.head(out.y), out.losses["load_balance"]
+        cells: Any = self._cells
+        out = cells["moe"](cells["before"](x))
+        return cells["head"](out.y), out.losses["load_balance"]
 
 
 def training(network: Network, optimizer: Any) -> list[float]:

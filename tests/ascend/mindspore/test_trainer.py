@@ -17,6 +17,8 @@ HOME = load_or_skip("mindspore-cpu")
 OPS, TRAINER = HOME.ops, HOME.trainer
 
 import mindspore as ms  # noqa: E402
+from twinmoe.ascend.mindspore import host_optimizer  # noqa: E402
+from twinmoe.ascend.mindspore import optimizer as optimizer_of_every_device  # noqa: E402
 from twinmoe.ascend.mindspore.autograd import value_and_grad  # noqa: E402
 from twinmoe.ascend.mindspore.framework import mint  # noqa: E402
 
@@ -38,11 +40,13 @@ def quadratic(weight: np.ndarray) -> Component:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_ten_updates_equal_torch(optimizer: Any, dtype: Any) -> None:
+@pytest.mark.parametrize("update", [host_optimizer.update, optimizer_of_every_device.update])
+def test_ten_updates_equal_torch(update: Any, optimizer: Any, dtype: Any) -> None:
     rng = np.random.default_rng(3)
     w, inputs = rng.normal(size=(4, 3)), rng.normal(size=(10, 5, 4))
     options = TrainOptions(dtype=dtype, beta1=0.8, beta2=0.97, eps=1e-3, weight_decay=0.13, optimizer=optimizer)
     state = build(quadratic(w), options)
+    state.update = update
     tw, tb = (torch.tensor(v, dtype=getattr(torch, dtype), requires_grad=True) for v in (w, np.ones(3)))
     kinds: Any = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
     extra: Any = {"betas": (0.8, 0.97), "eps": 1e-3} if optimizer == "adamw" else {}
