@@ -34,9 +34,8 @@ class Network(nn.Cell):
         self.head = nn.Dense(8, 3)
 
     def construct(self, x: Any) -> Any:
-        cells: Any = self._cells
-        out = cells["moe"](cells["before"](x))
-        return cells["head"](out.y), out.losses["load_balance"]
+        out = self.moe(self.before(x))  # pyright: ignore[reportOptionalCall]
+        return self.head(out.y), out.losses["load_balance"]  # pyright: ignore[reportOptionalCall]
 
 
 def training(network: Network, optimizer: Any) -> list[float]:
