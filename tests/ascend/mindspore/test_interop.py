@@ -29,13 +29,13 @@ class Network(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before = nn.Dense(8, 8)
+        self.before = nn.Dense(8, 8)  # pyright: ignore[reportOptionalCall]
         self.moe = build_moe_layer(MOE, backend=HOME, hidden_size=8)
-        self.head = nn.Dense(8, 3)
+        self.head = nn.Dense(8, 3)  # pyright: ignore[reportOptionalCall]
 
     def construct(self, x: Any) -> Any:
-        out = self.moe(self.before(x))  # pyright: ignore[reportOptionalCall]
-        return self.head(out.y), out.losses["load_balance"]  # pyright: ignore[reportOptionalCall]
+        out = self.moe(self.before(x))
+        return self.head(out.y), out.losses["load_balance"]
 
 
 def training(network: Network, optimizer: Any) -> list[float]:
