@@ -14,7 +14,34 @@ from importlib.metadata import version as _version
 from .combinations import ConfigError
 from .compose import load_config
 from .config import Config, MoeConfig, ParallelConfig
+from .interop import (
+    build_moe_layer,
+    clip_grad_norm,
+    exclude_experts,
+    expert_parameters,
+    layer_state_dict,
+    sync_gradients,
+)
+from .layer import MoEOutput
+from .mesh import Mesh
+from .routing import register_router
 
 __version__ = _version("twinmoe")
 
-__all__ = ["Config", "ConfigError", "MoeConfig", "ParallelConfig", "__version__", "load_config"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Mesh",
+    "MoEOutput",
+    "MoeConfig",
+    "ParallelConfig",
+    "__version__",
+    "build_moe_layer",
+    "clip_grad_norm",
+    "exclude_experts",
+    "expert_parameters",
+    "layer_state_dict",
+    "load_config",
+    "register_router",
+    "sync_gradients",
+]
