@@ -205,6 +205,17 @@ class Communicator(Protocol):
         """
         ...
 
+    def all_to_all_start(self, x: Array, group: Group) -> Any:
+        """Begin an all_to_all of equal splits, to be ended by `all_to_all_finish`; other work may go on meanwhile.
+
+        Adjoint: in flight likewise. A backend without asynchronous collectives does all of it here.
+        """
+        ...
+
+    def all_to_all_finish(self, started: Any) -> Array:
+        """What the all_to_all that `all_to_all_start` began has brought. Each is finished exactly once."""
+        ...
+
     def all_gather(self, x: Array, group: Group) -> Array:
         """Equal-shaped blocks joined along axis 0. Adjoint: reduce_scatter."""
         ...
@@ -217,7 +228,9 @@ class Communicator(Protocol):
         """Sum over ranks. Adjoint: all_reduce."""
         ...
 
-    def exchange(self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]], group: Group) -> list[Array]:
+    def exchange(
+        self, sends: Sequence[tuple[int, Array]], receives: Sequence[tuple[int, Array]], group: Group
+    ) -> list[Array]:
         """Batched point-to-point by group index: returns one Array per receive, shaped like its template.
 
         Matched in order between each pair. No gradient.

@@ -143,13 +143,29 @@ class RelayoutConfig(Section):
     rotate: bool = True
 
 
+class SwapConfig(Section):
+    """HierMoE's expert swap: a pair per layer every `every` steps, if modelled time falls by min_gain and `horizon`
+    steps of it pay for the move. seconds_per_row: compute, which the published objective leaves out (0)."""
+
+    every: int = Field(default=1, gt=0)
+    objective: Literal["hierarchical", "load"] = "hierarchical"
+    smooth_exponent: int | None = Field(default=10, gt=0)
+    seconds_per_row: float = Field(default=0.0, ge=0)
+    min_gain: float = Field(default=1e-3, ge=0)
+    horizon: int = Field(default=100, gt=0)
+
+
 class ParallelConfig(Section):
-    """How the layer runs: never changes its function. `scheme` names a combination (configs/schemes/)."""
+    """How the layer runs: never changes its function. `scheme` names a combination (configs/schemes/).
+
+    head_chunks: 2 computes the heads of a micro-batch in halves, one's exchange while the other is computed.
+    """
 
     scheme: str = "ep"
     expert_parallel_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     tensor_parallel_size: int = Field(default=1, gt=0)
     head_parallel_size: int = Field(default=1, gt=0)
+    head_chunks: Literal[1, 2] = 1
     planner: Literal["static", "least_loaded", "relayout"] = "static"
     placement: Literal["fixed", "swap"] = "fixed"
     transport: Literal["flat", "groupwise", "hierarchical_dedup"] = "flat"
@@ -162,6 +178,7 @@ class ParallelConfig(Section):
     slots_per_rank: int | None = Field(default=None, gt=0)
     least_loaded: LeastLoadedConfig = LeastLoadedConfig()
     relayout: RelayoutConfig = RelayoutConfig()
+    swap: SwapConfig = SwapConfig()
 
 
 class LevelConfig(Section):

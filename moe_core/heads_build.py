@@ -10,7 +10,8 @@ import numpy as np
 
 from ..backends.protocol import Parameter, Piece
 from .config import MoeConfig, ParallelConfig
-from .heads import HeadExchange, Heads, HeadsLayer
+from .heads import HeadsLayer
+from .heads_exchange import HeadExchange, Heads
 from .heads_router import HeadsRouter
 from .parameters import draw
 from .residency.owned import expert_name, expert_shapes
@@ -38,7 +39,7 @@ def build_heads(
 
     Experts' second matrices are not scaled with depth (as published: W_out, which writes to the residual, is).
     """
-    check_heads(moe, runtime)
+    check_heads(moe, parallel, runtime)
     assert moe.head_dim is not None
     heads = Heads(moe.num_heads, moe.head_dim, moe.num_experts, runtime.groups["head"])
     own = {"num_heads": 1, "head_dim": None, "num_shared_experts": 0, "shared_expert_gate": False}
@@ -58,7 +59,7 @@ def build_heads(
     rank_moe = one_head.model_copy(update={"num_experts": heads.count * heads.experts})
     inner = build(rank_moe, parallel, runtime, inner_spec)
     named = Naming(heads, spec.prefix, spec.seed, rank_moe, spec.std)
-    layer = HeadsLayer(HeadExchange(runtime.ops, runtime.comm, heads), inner.layer, shared[0])  # type: ignore[arg-type]
+    layer = HeadsLayer(HeadExchange(runtime.ops, runtime.comm, heads), inner.layer, shared[0], parallel.head_chunks)  # type: ignore[arg-type]
     parameters = (*_projections(heads, spec), *(named.relabel(p) for p in inner.parameters), *shared[1])
     return replace(inner, layer=layer, parameters=parameters)
 
@@ -117,8 +118,9 @@ def write_part(row: np.ndarray, whole: np.ndarray, piece: Piece) -> None:
         row[...] = np.take(whole, np.arange(piece.start, piece.stop), piece.axis)
 
 
-def check_heads(moe: MoeConfig, runtime: Runtime) -> None:
+def check_heads(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime) -> None:
     """ValueError for what Multi-Head LatentMoE does not do, in one sentence."""
+    chunked = parallel.head_chunks > 1
     weighs = moe.softmax_order == "after_topk" or moe.norm_topk_prob
     refused: Mapping[str, bool] = {
         "moe.head_dim is not set; set it to the width of a head": moe.head_dim is None,
@@ -137,6 +139,12 @@ def check_heads(moe: MoeConfig, runtime: Runtime) -> None:
         "heads are balanced one by one; set moe.aux_loss_layers=separate": moe.aux_loss_layers != "separate",
         "heads do not jitter; set moe.router_jitter=0": moe.router_jitter > 0,
         "heads do not skip tokens that are not finite; set moe.nan_policy=raise": moe.nan_policy != "raise",
+        "halves are for heads that one rank has whole; set parallel.head_chunks=1 or expert_parallel_size=1": (
+            chunked and runtime.groups["expert"].size > 1
+        ),
+        "moe.aux_loss_scope=global pools a whole micro-batch; set parallel.head_chunks=1": (
+            chunked and moe.aux_loss_scope == "global" and moe.aux_loss_coeff > 0
+        ),
         "heads are not cut over tensor-parallel ranks; set parallel.tensor_parallel_size=1": runtime.mesh.tensor > 1,
     }
     for sentence, applies in refused.items():

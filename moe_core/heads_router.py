@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..backends.protocol import Array, Parameter, Piece
-from .heads import Heads
+from .heads_exchange import Heads
 from .parameters import draw
 from .routing import state as router_state
 from .routing.base import Memo, RouterContext, Routing, State, Tokens, flatten_real, wide_dtype

@@ -58,6 +58,13 @@ class MindSporeCommunicator:
         _check_splits(x.shape[0], group, send, recv)
         return x if group.size == 1 else _all_to_all_op(x, self._wire, group, send, recv)
 
+    def all_to_all_start(self, x: Tensor, group: Group) -> Tensor:
+        """All of it: a gradient that waits elsewhere has no place in MindSpore's functional differentiation."""
+        return self.all_to_all(x, group)
+
+    def all_to_all_finish(self, started: Tensor) -> Tensor:
+        return started
+
     def all_gather(self, x: Tensor, group: Group) -> Tensor:
         return x if group.size == 1 else _all_gather_op(x, self._wire, group)
 

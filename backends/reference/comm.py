@@ -88,6 +88,13 @@ class Communicator:
 
         return apply(raw, x)
 
+    def all_to_all_start(self, x: Var, group: Group) -> Var:
+        """All of it: virtual ranks have nothing to do meanwhile."""
+        return self.all_to_all(x, group)
+
+    def all_to_all_finish(self, started: Var) -> Var:
+        return started
+
     def all_gather(self, x: Var, group: Group) -> Var:
         """ValueError when blocks differ in shape."""
         return apply(lambda v: (self._all_gather(v, group), lambda g: (self._reduce_scatter(g, group),)), x)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..protocol import Group, Launch
-
+from . import flight
 
 # torch 2.13 renames the flat collectives; the older names warn there
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -123,12 +123,22 @@ class TorchCommunicator:
         return Group(name, mine, mine.index(self.rank), handle)
 
     def all_to_all(
-        self, x: Tensor, group: Group, send_splits: Sequence[int] | None = None, recv_splits: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        group: Group,
+        send_splits: Sequence[int] | None = None,
+        recv_splits: Sequence[int] | None = None,
     ) -> Tensor:
         if group.size == 1:
             return x
         send, recv = (None if s is None else [int(v) for v in s] for s in (send_splits, recv_splits))
         return _AllToAll.apply(x, send, recv, group.handle, group.size)  # type: ignore[no-any-return]
+
+    def all_to_all_start(self, x: Tensor, group: Group) -> Any:
+        return x if group.size == 1 else flight.start(x, group.handle)
+
+    def all_to_all_finish(self, started: Any) -> Tensor:
+        return started if isinstance(started, Tensor) else flight.finish(started)
 
     def all_gather(self, x: Tensor, group: Group) -> Tensor:
         return x if group.size == 1 else _AllGather.apply(x, group)  # type: ignore[no-any-return]

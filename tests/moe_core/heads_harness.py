@@ -69,7 +69,7 @@ def logical(parts: LayerParts | Model, values: Mapping[str, np.ndarray]) -> dict
 
 
 # --- a small model in training ---------------------------------------------------------------
-def small_config(moe: MoeConfig = MOE, recompute: str = "none") -> Config:
+def small_config(moe: MoeConfig = MOE, recompute: str = "none", head_chunks: int = 1) -> Config:
     return Config.model_validate(
         {
             "model": {
@@ -80,6 +80,7 @@ def small_config(moe: MoeConfig = MOE, recompute: str = "none") -> Config:
                 "init_std": 0.4,
             },
             "moe": moe.model_dump(),
+            "parallel": {"head_chunks": head_chunks},
             "train": {"dtype": "float64", "global_batch_size": 8, "sequence_length": 6, "recompute": recompute},
         }
     )

@@ -11,7 +11,7 @@ from twinmoe.backends.reference.comm import Communicator, run_ranks
 from twinmoe.backends.reference.tape import grad, variable
 from twinmoe.moe_core.build import make_runtime
 from twinmoe.moe_core.config import MoeConfig, ParallelConfig
-from twinmoe.moe_core.heads import HeadExchange, Heads
+from twinmoe.moe_core.heads_exchange import HeadExchange, Heads
 from twinmoe.moe_core.mesh import Mesh
 from twinmoe.moe_core.routing.base import Memo, Tokens
 from twinmoe.testing import oracle
@@ -282,6 +282,17 @@ def test_heads_that_ranks_cannot_share_equally_are_refused() -> None:
         run_ranks(3, lambda comm: lone_layer(MOE, runtime_of(comm, head=3)))
     with pytest.raises(ValueError, match=r"set parallel\.tensor_parallel_size=1"):
         run_ranks(2, lambda comm: lone_layer(MOE, make_runtime(ops, comm, Mesh.over(2, tensor=2))))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"), [({}, "or expert_parallel_size=1"), ({"aux_loss_scope": "global"}, "pools")]
+)
+def test_halves_are_refused_where_they_would_change_something(fields: dict[str, Any], said: str) -> None:
+    moe = MOE.model_copy(update={"aux_loss_coeff": 0.01, **fields})
+    parallel = ParallelConfig(head_chunks=2)
+    head, expert = (2, 1) if fields else (1, 2)
+    with pytest.raises(ValueError, match=said):
+        run_ranks(2, lambda comm: lone_layer(moe, runtime_of(comm, head, expert), parallel))
 
 
 def test_own_tokens_that_are_not_finite_are_named() -> None:

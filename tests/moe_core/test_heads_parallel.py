@@ -23,7 +23,8 @@ BALANCED = MOE.model_copy(update={"aux_loss_coeff": 0.02, "z_loss_coeff": 0.01, 
 
 def trained(layout: str, **options: Any) -> list[Trained]:
     head, expert = LAYOUTS[layout]
-    config = small_config(options.pop("moe", BALANCED), options.pop("recompute", "none"))
+    model = options.pop("moe", BALANCED), options.pop("recompute", "none"), options.pop("head_chunks", 1)
+    config = small_config(*model)
     return run_ranks(head * expert, lambda comm: train(config, comm, head, expert, **options))
 
 
@@ -49,6 +50,17 @@ def test_micro_batches_and_recomputation_change_nothing(options: dict[str, Any],
     for rank in trained("HP2xEP2", padding=True, **options):
         np.testing.assert_allclose(rank.losses, one_process.losses, rtol=1e-10)
         assert worst(rank.parameters, one_process.parameters) < 1e-10
+
+
+@pytest.mark.parametrize("layout", ["W=1", "W=2", "W=4"])
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_halves_whose_exchanges_overlap_change_nothing(layout: str, recompute: str, one_process: Trained) -> None:
+    for rank in trained(layout, padding=True, head_chunks=2, recompute=recompute):
+        np.testing.assert_allclose(rank.losses, one_process.losses, rtol=1e-10)
+        np.testing.assert_allclose(rank.norms, one_process.norms, rtol=1e-10)
+        assert worst(rank.parameters, one_process.parameters) < 1e-10
+        for layer, state in one_process.router_states.items():
+            np.testing.assert_array_equal(rank.router_states[layer]["bias"], state["bias"])
 
 
 def test_the_bias_of_all_heads_has_moved(one_process: Trained) -> None:

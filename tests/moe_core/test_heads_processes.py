@@ -22,21 +22,26 @@ MOE = MoeConfig(
 
 
 def check(backend: Backend, launch: Launch, layouts: list[list[int]]) -> dict[str, Any]:
-    """Worst relative error of outputs, gradients, norm and parameters over three steps, by layout (head, expert)."""
+    """Worst relative error of outputs, gradients, norm, parameters over three steps, by (head, expert, chunks)."""
     comm = backend.comm.connect(launch)
     found = {}
-    for head, expert in layouts:
+    for head, expert, chunks in layouts:
         runtime = make_runtime(backend.ops, comm, Mesh.over(comm.size, expert, head))
         for routing in ("random", "padding_tail", "ties"):
-            case = Case(MOE, ParallelConfig(), expert, head, routing=routing, recompute=routing == "ties")
+            parallel = ParallelConfig.model_validate({"head_chunks": chunks})
+            case = Case(MOE, parallel, expert, head, routing=routing, recompute=routing == "ties")
             report = check_case(case, backend, runtime)
-            found[f"{head}x{expert} {routing}"] = report.worst if report.zeros_ok else 1.0
+            found[f"{head}x{expert} {chunks} {routing}"] = report.worst if report.zeros_ok else 1.0
     return found
 
 
 @pytest.mark.parametrize(
     ("backend", "size", "layouts"),
-    [("cpu", 2, [[2, 1], [1, 1]]), ("cpu", 4, [[4, 1], [2, 2]]), ("mindspore-cpu", 2, [[2, 1]])],
+    [
+        ("cpu", 2, [[2, 1, 1], [2, 1, 2], [1, 1, 1]]),
+        ("cpu", 4, [[4, 1, 1], [4, 1, 2], [2, 2, 1]]),
+        ("mindspore-cpu", 2, [[2, 1, 1], [2, 1, 2]]),
+    ],
 )
 def test_processes_equal_one_process(backend: str, size: int, layouts: list[list[int]]) -> None:
     load_or_skip(backend)
