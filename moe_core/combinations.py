@@ -53,6 +53,12 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.parallel.placement == "swap" and c.parallel.residency == "fully_sharded",
     ),
     Rule(
+        "parallel.placement",
+        "moe.num_heads",
+        "experts of one head rest with its rank and are not moved; choose placement fixed, or num_heads 1",
+        lambda c: c.parallel.placement == "swap" and c.moe.num_heads > 1,
+    ),
+    Rule(
         "parallel.transport",
         "parallel.tensor_parallel_size",
         "rows are cut over a tensor-parallel group; set tensor_parallel_size > 1 or transport flat",

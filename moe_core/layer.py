@@ -1,10 +1,10 @@
 """One MoE layer. Read this file first: a token's path is five calls.
 
-    route     scores -> expert ids and weights
-    plan      counts -> who computes which rows with which weights (integers, on the host)
-    dispatch  rows to the ranks that compute them
-    compute   grouped feed-forward with the weights that are there
-    combine   rows back home, weighted and summed
+route     scores -> expert ids and weights
+plan      counts -> who computes which rows with which weights (integers, on the host)
+dispatch  rows to the ranks that compute them
+compute   grouped feed-forward with the weights that are there
+combine   rows back home, weighted and summed
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class LayerStats:
     """What happened: chosen_E counts choices before dropping (device); plan is None where nothing travels.
 
     statistics: integer arrays by name, for `Router.update_state` once summed over micro-batches and ranks; nan_T:
-    tokens whose router scores were not finite; bytes_sent: by level, what this rank sends besides the exchange.
+    tokens whose router scores were not finite; bytes_sent: by level, what this rank sends besides the exchange;
+    ids_TK: experts that were computed, -1 = none.
     """
 
     chosen_E: Array
@@ -36,6 +37,7 @@ class LayerStats:
     statistics: Mapping[str, Array] = field(default_factory=dict)
     nan_T: Array | None = None
     bytes_sent: Mapping[str, float] = field(default_factory=dict)
+    ids_TK: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -97,4 +99,4 @@ class MoELayer:
         same = routing.ids_TK is routing.chosen_TK
         kept_E = chosen_E if same else self.ops.count(routing.ids_TK, self.num_experts)
         statistics = {"chosen_E": chosen_E, "kept_E": kept_E, **routing.statistics}
-        return LayerStats(chosen_E, kept_E, plan, exchange, statistics, routing.nan_T)
+        return LayerStats(chosen_E, kept_E, plan, exchange, statistics, routing.nan_T, ids_TK=routing.ids_TK)

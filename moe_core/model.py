@@ -13,7 +13,7 @@ from .build import LayerParts, LayerSpec, Runtime, build_layer
 from .config import Config
 from .data import GlobalBatch
 from .heads import HeadExchange, HeadsLayer
-from .layer import LayerStats
+from .layer import LayerStats, MoELayer
 from .routing.base import Memo, Router, State, Tokens, times
 from .routing.losses import combine_layers, loss_coefficients
 from .transformer import (
@@ -59,6 +59,7 @@ class Model:
     coefficients: Mapping[str, float] = field(default_factory=dict)
     routers: Mapping[int, Router] = field(default_factory=dict)
     heads: HeadExchange | None = None
+    layers: Mapping[int, MoELayer | HeadsLayer] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -145,11 +146,11 @@ def build_model(config: Config, runtime: Runtime) -> Model:
     moe_layers = tuple(range(model.num_dense_layers, model.num_layers))
     parts = [_feed_forward(config, runtime, i, i in moe_layers) for i in range(model.num_layers)]
     blocks = [_build_block(config, runtime, i, part) for i, part in enumerate(parts)]
-    routers = {i: part.layer.router for i, part in enumerate(parts) if isinstance(part, LayerParts)}
+    layers = {i: part.layer for i, part in enumerate(parts) if isinstance(part, LayerParts)}
+    routers = {i: layer.router for i, layer in layers.items()}
     components = (_build_vocabulary(config, runtime), *blocks)
-    layers = [part.layer for part in parts if isinstance(part, LayerParts)]
-    heads = next((layer.exchange for layer in layers if isinstance(layer, HeadsLayer)), None)
-    return Model(config, runtime.ops, components, moe_layers, loss_coefficients(config.moe), routers, heads)
+    heads = next((layer.exchange for layer in layers.values() if isinstance(layer, HeadsLayer)), None)
+    return Model(config, runtime.ops, components, moe_layers, loss_coefficients(config.moe), routers, heads, layers)
 
 
 def _build_vocabulary(config: Config, runtime: Runtime) -> Component:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from .config import MoeConfig, ParallelConfig
+from .placement import Placed
 from .plan import Plan
 from .planners.layout import Layout, strided_layout, tiled_layout
 from .planners.least_loaded import LeastLoadedOptions, plan_least_loaded, plan_least_loaded_sharded
@@ -86,11 +87,11 @@ def make_planner(
     if parallel.planner == "least_loaded":
         options = least_loaded_options(parallel, node_of)
         if not sharded:
-            return Stateless(lambda counts: plan_least_loaded(counts, home_RC, options))
+            return Placed(lambda counts, owned: plan_least_loaded(counts, owned, options), home_RC)
         slots = _slots(parallel, fewest, fewest + 1)
         return Stateless(lambda counts: plan_least_loaded_sharded(counts, home_RC, slots, options))
     if not sharded:
-        return Stateless(lambda counts: plan_static(counts, home_RC))
+        return Placed(plan_static, home_RC)
     return _fixed_layout(moe.num_experts, ranks, _slots(parallel, fewest, fewest), node_of)
 
 
@@ -134,4 +135,3 @@ def relayout_options(parallel: ParallelConfig, slots: int, node_of: tuple[int, .
         skip_below=c.skip_below,
         rotate=c.rotate,
     )
-

@@ -71,6 +71,14 @@ class Topology:
         """(R,) unit of each rank at a level."""
         return np.arange(self.ranks) // (self.ranks // self.levels[level].units)
 
+    def with_nominal_links(self) -> Topology:
+        """Itself if any link was measured; else each level outwards is ten times slower than the one inside."""
+        if any(link.beta for level in self.levels for link in (level.within, level.rails)):
+            return self
+        links = [Link(0.0, 1e-9 * 0.1**i) for i in range(self.depth + 1)]
+        levels = [replace(x, within=links[i], rails=links[max(0, i - 1)]) for i, x in enumerate(self.levels)]
+        return replace(self, levels=tuple(levels))
+
     def fan(self, stage: int, depth: int) -> tuple[int, int]:
         """(units before, units after) stage 1..depth; the last stage goes to single ranks."""
         after = self.ranks if stage == depth else self.units[stage]

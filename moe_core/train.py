@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.protocol import Communicator, Launch, State, TrainOptions
+from ..backends.protocol import Communicator, Launch, Parameter, State, TrainOptions
 from ..backends.registry import Backend
 from .bigram import bigram_loss
 from .build import Runtime, make_runtime
@@ -26,7 +26,9 @@ from .data import Data, open_data
 from .metrics import MetricsWriter
 from .model import Model, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
+from .placement import PlacedLayer, placed_layers, placed_parameters, restore_placements
 from .run_folder import model_hash
+from .swapping import Swapper, swapper_of
 from .topology import cluster_of_launch
 
 SCALARS = ("cross_entropy", "loss/load_balance", "loss/z", "loss/locality", "rows/sent", "rows/computed", "rows/local")
@@ -89,6 +91,7 @@ class Session:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     stop_requested: bool = False
+    swapper: Swapper | None = None
 
     @classmethod
     def open(cls, config: Config, backend: Backend, comm: Communicator, run_dir: Path) -> Session:
@@ -108,7 +111,8 @@ class Session:
         )
         state = backend.trainer.build(model.components, options, runtime.groups, comm)
         base = backend.trainer.peak_memory(reset=True)
-        return cls(config, backend, comm, runtime, model, state, data, run_dir, base)
+        swapper = swapper_of(config, runtime, model)
+        return cls(config, backend, comm, runtime, model, state, data, run_dir, base, swapper=swapper)
 
     # --- the loop ----------------------------------------------------------------------------
     def train(self) -> dict[str, Any]:
@@ -145,14 +149,21 @@ class Session:
         totals = StepTotals()
         with phases("forward_backward"):
             for micro in mine.micro_batches(config.train.micro_batch_size):
-                _, output = trainer.accumulate(self.state, lambda m=micro: self.model.loss(self.state.modules, m, self.step))
+                _, output = trainer.accumulate(
+                    self.state, lambda m=micro: self.model.loss(self.state.modules, m, self.step)
+                )
                 totals.add(self.backend.ops, output, self.runtime.groups["expert"].index)
+                if self.swapper is not None and self.swapper.wants(self.step):
+                    self.swapper.observe(output.stats)
         with phases("reduce"):
             trainer.reduce_gradients(self.state)
             norm = trainer.clip_gradients(self.state, config.train.max_grad_norm)
         rate = learning_rate(config, self.step)
         with phases("optimizer"):
             trainer.step(self.state, rate)
+        if self.swapper is not None:
+            with phases("swap"):
+                self.swapper.after_step(trainer, self.state, self.step + 1)
         summary = self._gather(totals)
         self.stop_requested = summary.flags > 0
         self.step += 1
@@ -239,7 +250,7 @@ class Session:
             temporary.mkdir(parents=True)
         self.comm.barrier()
         tensors = self.backend.trainer.tensors(self.state)
-        write_shard(temporary, self.comm.rank, self.model.parameters, self.runtime.groups, tensors)
+        write_shard(temporary, self.comm.rank, self._parameters, self.runtime.groups, tensors)
         self.comm.barrier()
         if self.comm.rank == 0:
             publish(temporary, final, self.comm.size, self._manifest())
@@ -256,6 +267,7 @@ class Session:
             "backend": self.backend.name,
             "world_size": self.comm.size,
             "losses": self.losses,
+            "placements": [layer.planner.owned_RC.tolist() for layer in self._placed],
         }
 
     def restore(self, folder: Path | None) -> None:
@@ -269,11 +281,21 @@ class Session:
                     f"{folder} was saved with {name} {checkpoint.manifest[name]}, this run has {mine}; resume with "
                     "the same data and model"
                 )
-        self.backend.trainer.load_tensors(self.state, checkpoint.values(self.model.parameters), checkpoint.step)
+        restore_placements(self._placed, checkpoint.manifest.get("placements", []))
+        self.backend.trainer.load_tensors(self.state, checkpoint.values(self._parameters), checkpoint.step)
         self.step = checkpoint.step
         self.losses = list(checkpoint.manifest["losses"])
 
     # --- small things ------------------------------------------------------------------------
+    @property
+    def _placed(self) -> list[PlacedLayer]:
+        return placed_layers(self.model.layers, self.model.parameters) if self.swapper is not None else []
+
+    @property
+    def _parameters(self) -> dict[str, Parameter]:
+        """This rank's parameters, named by the experts that rest in them now."""
+        return placed_parameters(self.model.parameters, self._placed, self.runtime.groups["expert"].index)
+
     @property
     def _token_rank(self) -> int:
         return self.comm.rank // self.runtime.mesh.tensor
@@ -291,4 +313,3 @@ class Session:
 
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
