@@ -10,6 +10,7 @@ VENV ?= .venv
 PYTHON ?= python3
 FOLDERS = moe_core backends cuda ascend configs
 PYTEST_ARGS ?=
+TRAIN_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -30,7 +31,7 @@ train: $(BASE)
 	@extra=$$($(TWINMOE) doctor --json | $(PY) -c "import json, sys; print(json.load(sys.stdin)['extra'] or '')"); \
 	if [ "$(VENV)" != 0 ] && [ -n "$$extra" ]; then echo "installing the extra $$extra"; $(PIP) -e ".[$$extra]"; fi
 	$(TWINMOE) doctor
-	$(TWINMOE) train quickstart
+	$(TWINMOE) train quickstart $(TRAIN_ARGS)
 
 test: $(DEV)
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
