@@ -12,10 +12,10 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, communication
 
 from ...backends.protocol import Group, Launch
-from ...backends.registry import surrounding_launcher
+from ...backends.registry import is_scheduler, surrounding_launcher
 from .. import hccl
 from . import runtime
 from .comm import MindSporeCommunicator, Splits
@@ -24,28 +24,33 @@ from .ops import asarray, to_numpy
 
 
 def connect(launch: Launch) -> MindSporeCommunicator:
-    """Take this rank's NPU and join the job; under msrun its scheduler joins too and stays until the end."""
+    """Take this rank's NPU and join the job. msrun's scheduler joins too, without a device, and computes nothing.
+
+    Joining comes before the first tensor: MindSpore demands it.
+    """
+    if is_scheduler():
+        communication.init()
+        return MindSporeCommunicator(0, 1, HcclWire(launch, mint.distributed))
     runtime.use_npu(launch.local_rank)
-    if launch.size == 1:
-        return MindSporeCommunicator(launch.rank, launch.size, HcclWire(launch, mint.distributed))
-    _initialize(launch)
-    rank = int(mint.distributed.get_rank())
+    if launch.size > 1:
+        _join(launch)
+    return MindSporeCommunicator(launch.rank, launch.size, HcclWire(launch, mint.distributed))
+
+
+def _join(launch: Launch) -> None:
+    """msrun's variables say everything; elsewhere the port may be taken by the launcher's own agent."""
+    if surrounding_launcher() == "msrun":
+        communication.init()
+    else:
+        port = launch.port + 1 if launch.agent_store else launch.port
+        mint.distributed.init_process_group(
+            init_method=f"tcp://{launch.address}:{port}", world_size=launch.size, rank=launch.rank
+        )
+    rank = int(communication.get_rank())
     if rank != launch.rank:
         raise RuntimeError(
             f"MindSpore numbers this process {rank}, the launcher {launch.rank}; give --node_rank to every msrun"
         )
-    return MindSporeCommunicator(launch.rank, launch.size, HcclWire(launch, mint.distributed))
-
-
-def _initialize(launch: Launch) -> None:
-    """msrun's variables say everything; other launchers' port may be taken by their own agent."""
-    if surrounding_launcher() == "msrun":
-        mint.distributed.init_process_group()
-        return
-    port = launch.port + 1 if launch.agent_store else launch.port
-    mint.distributed.init_process_group(
-        init_method=f"tcp://{launch.address}:{port}", world_size=launch.size, rank=launch.rank
-    )
 
 
 class HcclWire:
