@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.protocol import Communicator, Launch, Parameter, State, TrainOptions
+from ..backends.protocol import Array, Communicator, Launch, Parameter, State, TrainOptions
 from ..backends.registry import Backend
 from .bigram import bigram_loss
 from .build import Runtime, make_runtime
 from .checkpoint import Checkpoint, CheckpointError, find, prune, publish, write_shard
 from .combinations import ConfigError, check_ranks, check_trainable, mesh_of
 from .config import Config
-from .data import Data, open_data
+from .data import Data, GlobalBatch, open_data
 from .metrics import MetricsWriter
-from .model import Model, build_model
+from .model import Model, StepOutput, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
 from .placement import PlacedLayer, placed_layers, placed_parameters, restore_placements
+from .router_states import RouterStates
 from .run_folder import model_hash
 from .swapping import Swapper, swapper_of
 from .topology import cluster_of_launch
@@ -85,6 +86,7 @@ class Session:
     runtime: Runtime
     model: Model
     state: State
+    router_states: RouterStates
     data: Data
     run_dir: Path
     base_memory: int
@@ -112,7 +114,8 @@ class Session:
         state = backend.trainer.build(model.components, options, runtime.groups, comm)
         base = backend.trainer.peak_memory(reset=True)
         swapper = swapper_of(config, runtime, model)
-        return cls(config, backend, comm, runtime, model, state, data, run_dir, base, swapper=swapper)
+        routers = RouterStates(model.routers)
+        return cls(config, backend, comm, runtime, model, state, routers, data, run_dir, base, swapper=swapper)
 
     # --- the loop ----------------------------------------------------------------------------
     def train(self) -> dict[str, Any]:
@@ -149,10 +152,9 @@ class Session:
         totals = StepTotals()
         with phases("forward_backward"):
             for micro in mine.micro_batches(config.train.micro_batch_size):
-                _, output = trainer.accumulate(
-                    self.state, lambda m=micro: self.model.loss(self.state.modules, m, self.step)
-                )
+                _, output = trainer.accumulate(self.state, lambda m=micro: self._loss(m))
                 totals.add(self.backend.ops, output, self.runtime.groups["expert"].index)
+                self.router_states.add(self.backend.ops, output.stats)
                 if self.swapper is not None and self.swapper.wants(self.step):
                     self.swapper.observe(output.stats)
         with phases("reduce"):
@@ -161,6 +163,7 @@ class Session:
         rate = learning_rate(config, self.step)
         with phases("optimizer"):
             trainer.step(self.state, rate)
+            self.router_states.update(self.comm, self.runtime.groups["world"], self.runtime.mesh.tensor)
         if self.swapper is not None:
             with phases("swap"):
                 self.swapper.after_step(trainer, self.state, self.step + 1)
@@ -168,6 +171,9 @@ class Session:
         self.stop_requested = summary.flags > 0
         self.step += 1
         return self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
+
+    def _loss(self, batch: GlobalBatch, training: bool = True) -> tuple[Array, StepOutput]:
+        return self.model.loss(self.state.modules, batch, self.step, training, self.router_states.states)
 
     def _gather(self, totals: StepTotals) -> StepSummary:
         moe = self.config.moe
@@ -206,9 +212,7 @@ class Session:
             for micro in batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks).micro_batches(
                 self.config.train.micro_batch_size
             ):
-                output = self.backend.trainer.evaluate(
-                    self.state, lambda m=micro: self.model.loss(self.state.modules, m, self.step, training=False)[1]
-                )
+                output = self.backend.trainer.evaluate(self.state, lambda m=micro: self._loss(m, training=False)[1])
                 total += float(ops.to_numpy(output.cross_entropy)) * batch.total_targets
             weight += batch.total_targets
         everyone = self.comm.gather_to_host(np.array([total]), self.runtime.groups["world"]).sum()
@@ -267,6 +271,7 @@ class Session:
             "backend": self.backend.name,
             "world_size": self.comm.size,
             "losses": self.losses,
+            "router_states": self.router_states.as_json(),
             "placements": [layer.planner.owned_RC.tolist() for layer in self._placed],
         }
 
@@ -283,6 +288,7 @@ class Session:
                 )
         restore_placements(self._placed, checkpoint.manifest.get("placements", []))
         self.backend.trainer.load_tensors(self.state, checkpoint.values(self._parameters), checkpoint.step)
+        self.router_states.restore(checkpoint.manifest.get("router_states", {}))
         self.step = checkpoint.step
         self.losses = list(checkpoint.manifest["losses"])
 
