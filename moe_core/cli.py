@@ -105,6 +105,32 @@ def bench_planner(as_json: Json = False) -> None:
     _emit(report, as_json, lambda: print(*table_lines(report["rows"]), sep="\n"))
 
 
+Testbed = Annotated[
+    str | None, typer.Option("--testbed", metavar="NODESxRANKS", help="Nodes as network namespaces, for example 2x2.")
+]
+Rate = Annotated[str | None, typer.Option("--rate", help="Of a testbed node's link, for example 200mbit.")]
+
+
+@bench_app.command(name="comm")
+def bench_comm(
+    with_fit: Annotated[bool, typer.Option("--fit", help="Fit alpha and beta to every level.")] = False,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="Levels: a path or a packaged name.")] = None,
+    nproc: Nproc = "auto",
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
+    testbed: Testbed = None,
+    rate: Rate = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the fitted cluster file here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Milliseconds of collectives by level and size, and the lines that fit them."""
+    from . import bench_comm as module
+    from .bench_job import Where
+
+    where = Where(nproc, backend, testbed, rate)
+    report = module.run(module.CommRequest(where, cluster, with_fit, out))
+    _emit(report, as_json, lambda: print(*table_lines(report["rows"]), "", *table_lines(report["fit"]), sep="\n"))
+
+
 @app.command(name="launch")
 def launch_command(
     config: ConfigName,

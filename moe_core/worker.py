@@ -26,7 +26,7 @@ from ..backends.registry import Backend, BackendError, LaunchError, is_scheduler
 from .checkpoint import CheckpointError
 from .combinations import ConfigError
 from .compose import load_config
-from .config import Config
+from .config import ClusterConfig, Config
 from .run_folder import CONFIG, LOGS, SUMMARY, write_environment
 
 REQUEST_ERRORS = (ConfigError, BackendError, LaunchError, CheckpointError)
@@ -81,7 +81,26 @@ def _verify(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
     return run(backend, launch, order.options["level"], order.options["dtype"])
 
 
-TASKS: Mapping[str, Callable[[Order, Backend, Launch], dict[str, Any]]] = {"train": _train, "verify": _verify}
+def _bench_comm(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
+    from .bench_comm import measure_rank
+
+    o = order.options
+    cluster = ClusterConfig.model_validate(o["cluster"])
+    return measure_rank(backend, launch, cluster, o["sizes"], o["repeats"], o["collectives"])
+
+
+def _bench_schemes(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
+    from .bench_schemes import measure_rank
+
+    return measure_rank(backend, launch, order.options)
+
+
+TASKS: Mapping[str, Callable[[Order, Backend, Launch], dict[str, Any]]] = {
+    "train": _train,
+    "verify": _verify,
+    "bench_comm": _bench_comm,
+    "bench_schemes": _bench_schemes,
+}
 """What local workers can do: each returns its report, the same on every rank."""
 
 
