@@ -81,6 +81,8 @@ class MoeConfig(Section):
             raise ValueError(
                 f"moe.top_k={self.top_k} exceeds moe.num_experts={self.num_experts}; choose top_k <= num_experts"
             )
+        if self.capacity_factor is not None and _rational(self.capacity_factor) <= 0:
+            raise ValueError(f"moe.capacity_factor={self.capacity_factor} drops everything; choose one above 0 or null")
         return self
 
 

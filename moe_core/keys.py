@@ -73,7 +73,9 @@ def explain(error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     first = faults[0]
     if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ")
+        sentence = first["msg"].removeprefix("Value error, ")
+        section = _place(first["loc"])
+        return sentence if section in sentence or not section else f"{section}: {sentence}"
     place = _place(first["loc"])
     extra = next((f for f in faults if f["type"] == "extra_forbidden"), None)
     if extra is not None:  # inside a list, where `check` does not look

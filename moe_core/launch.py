@@ -23,6 +23,7 @@ from .worker import Order
 
 WORKER = __name__.rsplit(".", 1)[0] + ".worker"
 _LAUNCHER_LOG = "launcher.log"
+_STOP = b"s"  # one rank hears it and tells the others in the next step
 _ORDERLY, _HARD = 5.0, 5.0  # seconds that remaining workers and their launcher get to end
 
 
@@ -157,7 +158,7 @@ class _Workers:
         self.asked_to_stop += 1
         line = self._process.stdin
         if self.asked_to_stop == 1 and line and not line.closed:
-            os.write(line.fileno(), b"s")
+            os.write(line.fileno(), _STOP)
 
 
 def _forget_earlier_ends(job: Job) -> None:

@@ -49,7 +49,7 @@ _MSRUN = """\
 #!/bin/sh
 # Run on each of the {nodes} nodes: NODE_RANK is 0 .. {nodes} - 1, MASTER_ADDR the address of node 0.
 # The run folder must lie on a file system that all nodes share.
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 LOCAL_WORLD_SIZE={nproc}  # msrun does not say how many ranks share a node
 msrun --worker_num={ranks} --local_worker_num={nproc} --node_rank="$NODE_RANK" \\
   --master_addr="$MASTER_ADDR" --master_port="${{MASTER_PORT:-8118}}" --join=True --log_dir=msrun_logs \\
   python -m twinmoe.moe_core.cli {train}

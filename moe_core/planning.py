@@ -79,25 +79,28 @@ def make_planner(
     """The planner of a layer whose experts live on `ranks` ranks."""
     home_RC = slot_table(owners(moe.num_experts, ranks), ranks)
     sharded = parallel.residency == "fully_sharded"
-    fewest = home_RC.shape[1]
     if parallel.planner == "relayout":
-        options = relayout_options(parallel, _slots(parallel, fewest, fewest + 1), node_of)
+        options = relayout_options(parallel, slot_count(moe, parallel, ranks), node_of)
         first = tiled_layout(moe.num_experts, ranks, options.slots_per_rank)
         return Relayout(options, start(first, moe.num_experts, options), None if sharded else home_RC)
     if parallel.planner == "least_loaded":
         options = least_loaded_options(parallel, node_of)
         if not sharded:
             return Placed(lambda counts, owned: plan_least_loaded(counts, owned, options), home_RC)
-        slots = _slots(parallel, fewest, fewest + 1)
+        slots = slot_count(moe, parallel, ranks)
         return Stateless(lambda counts: plan_least_loaded_sharded(counts, home_RC, slots, options))
     if not sharded:
         return Placed(plan_static, home_RC)
-    return _fixed_layout(moe.num_experts, ranks, _slots(parallel, fewest, fewest), node_of)
+    return _fixed_layout(moe.num_experts, ranks, slot_count(moe, parallel, ranks), node_of)
 
 
-def _slots(parallel: ParallelConfig, fewest: int, usual: int) -> int:
-    """C: as configured, but enough for every expert (the same file runs on fewer ranks)."""
-    return max(fewest, parallel.slots_per_rank or usual)
+def slot_count(moe: MoeConfig, parallel: ParallelConfig, ranks: int) -> int:
+    """C of sharded experts: as configured, but enough for every expert (the same file runs on fewer ranks).
+
+    Without a word from the config, layouts that change have one slot more than they need.
+    """
+    fewest = -(-moe.num_experts // ranks)
+    return max(fewest, parallel.slots_per_rank or fewest + (parallel.planner != "static"))
 
 
 def _fixed_layout(num_experts: int, ranks: int, slots: int, node_of: tuple[int, ...] | None) -> Planner:

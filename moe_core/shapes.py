@@ -13,10 +13,11 @@ from typing import Any
 from ..backends.protocol import Group, Parameter
 from ..backends.registry import load
 from .build import GROUPS, Runtime
-from .combinations import mesh_of
+from .combinations import ConfigError, mesh_of
 from .config import Config
 from .mesh import Mesh
 from .model import build_model
+from .planning import slot_count
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
@@ -37,14 +38,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in one optimizer step, with even routing and ring reductions."""
+    """Bytes that a rank sends in one optimizer step, with even routing and ring reductions.
+
+    weights: sharded experts that are gathered for each call, and their gradients on the way back.
+    """
 
     dispatch_and_combine: int
     gradients: int
+    weights: int = 0
 
     @property
     def total(self) -> int:
-        return self.dispatch_and_combine + self.gradients
+        return self.dispatch_and_combine + self.gradients + self.weights
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Shapes:
             f"{_large(memory.gradients)}B, optimizer {_large(memory.optimizer)}B, activations about "
             f"{_large(memory.activations)}B",
             f"sent per rank and step {_large(sent.total)}B: dispatch and combine {_large(sent.dispatch_and_combine)}B, "
-            f"gradients {_large(sent.gradients)}B",
+            f"gradients {_large(sent.gradients)}B, weights {_large(sent.weights)}B",
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,11 +99,15 @@ def shapes(config: Config, ranks: int = 1) -> Shapes:
 
 
 def declared(config: Config, mesh: Mesh) -> Iterator[Parameter]:
-    """The parameters that rank 0 of a mesh would store."""
+    """The parameters that rank 0 of a mesh would store. ConfigError where the layer can't be built."""
     groups = {name: _group(mesh, name, axes) for name, axes in GROUPS.items()}
     backend = load("reference")
     runtime = Runtime(backend.ops, _no_communicator(), mesh, groups)
-    for component in build_model(config, runtime).components:
+    try:
+        components = build_model(config, runtime).components
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for component in components:
         yield from component.parameters
 
 
@@ -152,7 +161,20 @@ def _traffic(config: Config, mesh: Mesh) -> Traffic:
     for parameter in declared(config, mesh):
         ranks = prod(getattr(mesh, axis) for axis in GROUPS[parameter.reduce_over])
         reduced += 2 * (ranks - 1) / ranks * _size(parameter) * max(4, _BYTES[config.train.dtype])
-    return Traffic(round(rows * row * away), round(reduced))
+    return Traffic(round(rows * row * away), round(reduced), round(_weights_sent(config, mesh) * away))
+
+
+def _weights_sent(config: Config, mesh: Mesh) -> float:
+    """Bytes of the experts in a rank's slots, each way, for every micro-batch and layer."""
+    if config.parallel.residency != "fully_sharded":
+        return 0.0
+    gates = 3 if config.moe.activation == "swiglu" else 2
+    width = config.moe.head_dim or config.model.hidden_size
+    expert = gates * width * config.moe.expert_hidden_size * _BYTES[config.train.dtype]
+    share = max(1, config.train.global_batch_size // mesh.token_ranks)
+    calls = moe_layers(config) * -(-share // (config.train.micro_batch_size or share))
+    ways = 2 if config.train.recompute == "none" else 3
+    return calls * ways * slot_count(config.moe, config.parallel, mesh.expert) * expert
 
 
 def _tokens_per_micro_batch(config: Config, mesh: Mesh) -> int:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,31 @@ def test_torchrun_and_msrun_start_the_same_worker(tmp_path: Path) -> None:
     assert torchrun[-len(tail) :] == tail
     assert msrun[-len(tail) - 1 :] == ["python", *tail]
     assert worker.__name__ == launch.WORKER
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(find_spec("mindspore") is None, reason="mindspore is not installed")
+def test_msrun_starts_ranks_and_a_scheduler_and_hands_on_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process writes who it is; workers then wait for the supervisor's byte."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "told.py").write_text(
+        "import os, pathlib\nfrom twinmoe.backends.registry import is_scheduler, read_launch\n"
+        "launch = read_launch()\nname = 'scheduler' if is_scheduler() else f'rank_{launch.rank}'\n"
+        "heard = b'' if is_scheduler() else os.read(0, 1)\n"
+        "pathlib.Path('told_' + name).write_text(f'{launch.size} {launch.local_rank} {heard}')\n"
+        "pathlib.Path('summary.json').write_text('{}')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(launch, "WORKER", "told")
+    monkeypatch.setattr(launch, "_STOP", b"ss")
+    after(8, signal.SIGTERM)
+    assert run_job(Job(Order("train", tmp_path, "ascend", "a test"), 2, "msrun", free_port()), Silent()) == {}
+    told = {path.name: path.read_text() for path in tmp_path.glob("told_*")}
+    assert told == {"told_scheduler": "2 0 b''", "told_rank_0": "2 0 b's'", "told_rank_1": "2 1 b's'"}
 
 
 def test_a_port_in_use_is_refused() -> None:

@@ -52,6 +52,19 @@ def test_bytes_by_hand() -> None:
     assert shapes(load_config("quickstart"), 1).bytes_per_step.total == 0
 
 
+def test_weights_of_sharded_experts_by_hand() -> None:
+    """fsdp_ep: two slots a rank, 4 layers, forward and backward; laer has a spare slot; ep moves no weights."""
+    expert = 3 * 128 * 256 * 4
+    fixed = shapes(load_config("quickstart", ["parallel.scheme=fsdp_ep"]), 4).bytes_per_step
+    assert fixed.weights == 4 * 2 * 2 * expert * 3 // 4
+    assert (
+        shapes(load_config("quickstart", ["parallel.scheme=laer"]), 4).bytes_per_step.weights == fixed.weights * 3 // 2
+    )
+    micro = shapes(load_config("quickstart", ["parallel.scheme=fsdp_ep", "train.micro_batch_size=2"]), 4)
+    assert micro.bytes_per_step.weights == 2 * fixed.weights
+    assert shapes(load_config("quickstart"), 4).bytes_per_step.weights == 0
+
+
 def test_memory_by_hand() -> None:
     """Two experts of eight on each of four ranks; AdamW holds two moments; bf16 adds a copy to compute with."""
     whole, quarter = shapes(load_config("quickstart")), shapes(load_config("quickstart"), 4)
