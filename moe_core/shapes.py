@@ -137,12 +137,14 @@ def _activations(config: Config, mesh: Mesh) -> int:
     heads = model.num_attention_heads + 2 * (model.num_key_value_heads or model.num_attention_heads)
     attention = 3 * model.hidden_size + 2 * head * heads
     gates = 2 if moe.activation == "swiglu" else 1
-    experts = moe.top_k * (2 * model.hidden_size + (gates + 1) * moe.expert_hidden_size)
+    width = _routed_width(config)
+    experts = moe.top_k * (2 * width + (gates + 1) * moe.expert_hidden_size * moe.num_heads)
+    experts += 2 * width if moe.num_heads > 1 else 0
     dense = (gates + 1) * (model.dense_hidden_size or moe.expert_hidden_size * moe.top_k)
     if config.train.recompute == "layer":
         per_token = model.num_layers * model.hidden_size + attention + experts
     elif config.train.recompute == "experts":
-        per_token = model.num_layers * attention + moe_layers(config) * moe.top_k * 2 * model.hidden_size
+        per_token = model.num_layers * attention + moe_layers(config) * moe.top_k * 2 * width
         per_token += model.num_dense_layers * dense
     else:
         per_token = model.num_layers * attention + moe_layers(config) * experts + model.num_dense_layers * dense
@@ -151,17 +153,20 @@ def _activations(config: Config, mesh: Mesh) -> int:
 
 
 def _traffic(config: Config, mesh: Mesh) -> Traffic:
-    """Rows go out and back in forward, and their gradients in backward; recomputing a layer sends them again."""
+    """Rows go out and back in forward, and their gradients in backward; recomputing a layer sends them again.
+
+    Heads go to their ranks once, whatever top_k is; inside a head's ranks its rows travel like any.
+    """
     tokens = config.train.global_batch_size // mesh.token_ranks * config.train.sequence_length
-    away = (mesh.expert - 1) / mesh.expert
+    away, to_heads = (mesh.expert - 1) / mesh.expert, (mesh.head - 1) / mesh.head
     exchanges = 6 if config.train.recompute == "layer" else 4
-    row = config.model.hidden_size * _BYTES[config.train.dtype]
-    rows = moe_layers(config) * tokens * config.moe.top_k * exchanges
+    row = _routed_width(config) * _BYTES[config.train.dtype]
+    sent = moe_layers(config) * tokens * exchanges * row * (config.moe.top_k * away + to_heads)
     reduced = 0.0
     for parameter in declared(config, mesh):
         ranks = prod(getattr(mesh, axis) for axis in GROUPS[parameter.reduce_over])
         reduced += 2 * (ranks - 1) / ranks * _size(parameter) * max(4, _BYTES[config.train.dtype])
-    return Traffic(round(rows * row * away), round(reduced), round(_weights_sent(config, mesh) * away))
+    return Traffic(round(sent), round(reduced), round(_weights_sent(config, mesh) * away))
 
 
 def _weights_sent(config: Config, mesh: Mesh) -> float:
@@ -177,13 +182,20 @@ def _weights_sent(config: Config, mesh: Mesh) -> float:
     return calls * ways * slot_count(config.moe, config.parallel, mesh.expert) * expert
 
 
+def _routed_width(config: Config) -> int:
+    """Width of what is routed of a token: itself, or all of its heads."""
+    moe = config.moe
+    return moe.num_heads * moe.head_dim if moe.num_heads > 1 and moe.head_dim else config.model.hidden_size
+
+
 def _tokens_per_micro_batch(config: Config, mesh: Mesh) -> int:
     share = max(1, config.train.global_batch_size // mesh.token_ranks)
     return (config.train.micro_batch_size or share) * config.train.sequence_length
 
 
 def _active_share(config: Config, parameter: Parameter) -> float:
-    return config.moe.top_k / config.moe.num_experts if _is_expert(parameter) else 1.0
+    routed = _is_expert(parameter) and not parameter.name.endswith("w_router")
+    return config.moe.top_k / config.moe.num_experts if routed else 1.0
 
 
 def _is_expert(parameter: Parameter) -> bool:

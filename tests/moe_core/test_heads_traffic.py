@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twinmoe.backends.reference.comm import Communicator, run_ranks
 from twinmoe.backends.reference.tape import grad, variable
+from twinmoe.moe_core.compose import load_config
 from twinmoe.moe_core.config import MoeConfig, ParallelConfig
 from twinmoe.moe_core.heads_traffic import Layer, deduplicated, flat, head_parallel
 from twinmoe.moe_core.routing.base import Tokens
+from twinmoe.moe_core.shapes import shapes
 from twinmoe.testing.moe_core.heads_harness import MOE, WIDTH, lone_layer, runtime_of
 
 MB = 1e6
@@ -54,6 +56,17 @@ def test_head_parallel_never_sends_more_than_deduplicated_nor_that_than_flat(k: 
     assert head_parallel(layer) <= deduplicated(layer) * (1 + 1e-12) <= flat(layer) * (1 + 1e-9)
     assert deduplicated(layer) <= layer.token_bytes * (ranks - 1)
     assert comb(experts, layer.top_k) > 0
+
+
+def test_a_dry_run_knows_the_sheet_s_sizes() -> None:
+    """latent_hp: 4 layers, 16 x 256 / 4 tokens a rank, 128 wide in float32, 4 ranks: 4 exchanges of 3/4 of the rows."""
+    config = load_config("latent_hp")
+    found = shapes(config, 4)
+    assert found.bytes_per_step.dispatch_and_combine == 4 * 4 * 1024 * 128 * 4 * 3 // 4
+    experts, projections, routers = 4 * 4 * 16 * 2 * 32 * 256, 4 * 2 * 128 * 128, 4 * 4 * 32 * 16
+    attention, rest = 4 * (128 * 128 * 2 + 128 * 64 * 2), 257 * 128 + 9 * 128
+    assert found.parameters_total == experts + projections + routers + attention + rest
+    assert found.parameters_active == found.parameters_total - experts * 12 // 16
 
 
 # --- counted from the collectives ------------------------------------------------------------
