@@ -131,6 +131,48 @@ def bench_comm(
     _emit(report, as_json, lambda: print(*table_lines(report["rows"]), "", *table_lines(report["fit"]), sep="\n"))
 
 
+@bench_app.command(name="schemes")
+def bench_schemes(
+    scheme: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[,KEY=VALUE]...", help="Default: all that fit the ranks.")
+    ] = None,
+    skew: Annotated[list[str] | None, typer.Option(metavar="SKEW", help="Of the choices, see docs.")] = None,
+    top_k: Annotated[list[int] | None, typer.Option(metavar="K", help="Experts per token.")] = None,
+    experts: Annotated[int, typer.Option(metavar="E", help="Experts of the layer.")] = 32,
+    hidden: Annotated[int, typer.Option(metavar="D", help="Width of tokens and experts.")] = 256,
+    tokens: Annotated[int, typer.Option(metavar="T", help="Tokens per rank.")] = 512,
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Precision.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps; medians are reported.")] = 15,
+    repeat_ids: Annotated[bool, typer.Option("--repeat-ids", help="A token may choose an expert twice.")] = False,
+    cluster: Annotated[str | None, typer.Option(metavar="NAME", help="Levels: a path or a packaged name.")] = None,
+    nproc: Nproc = "auto",
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
+    testbed: Testbed = None,
+    rate: Rate = None,
+    as_json: Json = False,
+) -> None:
+    """One layer, forward and backward, under every scheme on the same choices."""
+    from . import bench_schemes_request as module
+    from .bench_job import Where
+
+    request = module.SchemesRequest(
+        Where(nproc, backend, testbed, rate),
+        tuple(scheme or module.SCHEMES),
+        tuple(skew or module.SKEWS),
+        tuple(top_k or (2,)),
+        experts,
+        hidden,
+        hidden,
+        tokens,
+        dtype,
+        repeats,
+        cluster,
+        repeat_ids,
+    )
+    report = module.run(request)
+    _emit(report, as_json, lambda: print(*table_lines(module.table(report["rows"])), sep="\n"))
+
+
 @app.command(name="launch")
 def launch_command(
     config: ConfigName,

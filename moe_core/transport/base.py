@@ -14,10 +14,19 @@ from ..routing.base import Routing
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one all-to-all of rows moves, as planned: sent[r, s] from rank r to rank s of the group."""
+    """Bytes that one all-to-all of dispatch moves, as planned: sent[r, s] from rank r to rank s of the group.
+
+    rows: the same without ids and weights, which do not come back in combine; None: they are equal.
+    """
 
     level: str
     sent: np.ndarray
+    rows: np.ndarray | None = None
+
+    @property
+    def returned(self) -> np.ndarray:
+        """Bytes of combine's all-to-all of this stage."""
+        return (self.sent if self.rows is None else self.rows).T
 
 
 @dataclass(frozen=True)

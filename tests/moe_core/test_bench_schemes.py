@@ -1,0 +1,94 @@
+"""bench schemes: what is counted, what is predicted, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from twinmoe.moe_core.bench_job import Where
+from twinmoe.moe_core.bench_schemes import Flat, figures
+from twinmoe.moe_core.bench_schemes_request import SchemesRequest, mixed_models, run, scheme_config, table
+from twinmoe.moe_core.combinations import ConfigError
+from twinmoe.moe_core.layer import LayerStats
+from twinmoe.moe_core.planners.static import owners, plan_static, slot_table
+from twinmoe.moe_core.topology import Level, Link, Topology
+from twinmoe.testing.moe_core.transport.harness import TABLE, Problem, counts_of, flat, hierarchical
+from twinmoe.testing.moe_core.transport.harness import run as run_exchange
+
+TOPOLOGY = Topology(4, (Level("cluster", 1, Link(1.0, 1e-3)), Level("node", 2, Link(0.1, 1e-4), Link(0.5, 1e-3))))
+ROW = 8 * 6
+
+
+def stats_of(make: Any) -> LayerStats:
+    counts = counts_of(list(TABLE), 8)
+    plan = plan_static(counts, slot_table(owners(8, 4), 4))
+    outcome = run_exchange(Problem(list(TABLE), plan), make)[0]
+    return LayerStats(None, None, plan, outcome.exchange)
+
+
+def test_figures_of_the_sheets_table():
+    plain = figures(stats_of(flat), TOPOLOGY, ROW, Flat(20, 9))
+    assert (plain["rows_crossing_nodes"], plain["predicted_ceiling"]) == (20, 1.0)
+    assert plain["bytes_per_level"] == {"node": 2 * 4 * ROW, "cluster": 2 * 20 * ROW}
+    assert plain["predicted_milliseconds"] == pytest.approx(1e3 * 2 * (1.0 + 4 * 3 * ROW * 1e-3))
+    deep = figures(stats_of(hierarchical(TOPOLOGY, 2)), TOPOLOGY, ROW, Flat(20, 9))
+    assert deep["rows_crossing_nodes"] == 8
+    metadata = 8 * 4 + 8
+    assert deep["bytes_per_level"]["cluster"] == 2 * 8 * ROW + 8 * metadata
+    assert deep["predicted_ceiling"] == pytest.approx(2 * 20 * ROW / (16 * ROW + 8 * metadata), abs=1e-3)
+    assert deep["rows_ceiling"] == 1.0
+
+
+def test_schemes_take_settings_and_wrong_ones_are_refused_before_a_job_starts():
+    request = SchemesRequest(Where(nproc="2"))
+    config = scheme_config("hiermoe,placement=fixed,deduplicate=false", request)
+    assert (config.parallel.transport, config.parallel.placement, config.parallel.deduplicate) == (
+        "hierarchical_dedup",
+        "fixed",
+        False,
+    )
+    assert config.moe.num_experts == 32
+    for scheme, told in (("nosuch", "nosuch"), ("ep,placement", "key=value"), ("ep,residency=borrowed", "not combine")):
+        with pytest.raises(ConfigError, match=told):
+            scheme_config(scheme, request)
+    with pytest.raises(ConfigError, match="hot experts"):
+        run(SchemesRequest(Where(nproc="2"), skews=("hot:95:2",), top_ks=(4,)))
+
+
+def test_rows_of_different_models_are_marked():
+    rows = [
+        {"scheme": "ep", "top_k": 2, "skew": "balanced", "model_hash": "a", "layer_milliseconds": 8.0},
+        {"scheme": "other", "top_k": 2, "skew": "balanced", "model_hash": "b", "layer_milliseconds": 4.0},
+    ]
+    assert mixed_models(rows)
+    assert not mixed_models(rows[:1])
+    shown = table(rows)
+    assert [r["scheme"] for r in shown] == ["ep", "other (another model)"]
+    assert [r["speed_up"] for r in shown] == [1.0, 2.0]
+
+
+@pytest.mark.processes
+def test_a_small_run_on_two_ranks_reports_every_key():
+    request = SchemesRequest(
+        Where(nproc="2", backend="cpu"),
+        schemes=("ep", "llep,least_loaded.min_rows=1", "hiermoe"),
+        skews=("hot:100:4",),
+        num_experts=8,
+        hidden_size=16,
+        expert_hidden_size=16,
+        tokens=32,
+        repeats=2,
+    )
+    report = run(request)
+    assert [row["scheme"] for row in report["rows"]] == list(request.schemes)
+    assert len({row["model_hash"] for row in report["rows"]}) == 1
+    for row in report["rows"]:
+        assert row["layer_milliseconds"] > 0
+        assert row["step_milliseconds"] >= row["layer_milliseconds"]
+        assert set(row) >= {"bytes_per_level", "rows_crossing_nodes", "peak_memory_bytes", "predicted_ceiling"}
+    plain, spread, _ = report["rows"]
+    assert plain["busiest_rank_rows"] == 2 * 2 * 32
+    assert spread["busiest_rank_rows"] == 2 * 32
+    assert spread["predicted_ceiling"] == 2.0
+    assert np.isclose(plain["predicted_ceiling"], 1.0)
