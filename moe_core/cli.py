@@ -105,6 +105,22 @@ def bench_planner(as_json: Json = False) -> None:
     _emit(report, as_json, lambda: print(*table_lines(report["rows"]), sep="\n"))
 
 
+@bench_app.command(name="router")
+def bench_router(
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, metavar="T", help="Tokens.")] = 8192,
+    hidden: Annotated[int, typer.Option(min=1, metavar="D", help="Width of tokens.")] = 1024,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the best is reported.")] = 9,
+    as_json: Json = False,
+) -> None:
+    """Milliseconds to choose experts, by router and number of experts, beside plain softmax and top-k."""
+    from ..backends.registry import load
+    from . import bench_router as module
+
+    report = module.run(load(backend), tokens=tokens, hidden_size=hidden, repeats=repeats)
+    _emit(report, as_json, lambda: print(*table_lines(report["rows"]), sep="\n"))
+
+
 Testbed = Annotated[
     str | None, typer.Option("--testbed", metavar="NODESxRANKS", help="Nodes as network namespaces, for example 2x2.")
 ]

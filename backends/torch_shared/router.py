@@ -14,16 +14,22 @@ ROWS = 1024
 
 
 def topk(scores_TE: Tensor, k: int) -> Tensor:
-    scores = torch.nan_to_num(scores_TE.detach(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    num = scores.shape[-1]
-    if k == num:
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    scores = scores_TE.detach()
+    if k == scores.shape[-1]:
+        return _sorted(scores)
     best, ids = torch.topk(scores, k + 1, dim=-1)
-    # torch.topk breaks ties arbitrarily: a row with equal neighbours among its k + 1 best is sorted stably instead
-    tied = (best[:, 1:] == best[:, :-1]).any(-1)
+    # torch.topk breaks ties arbitrarily and puts NaN first: a row with equal neighbours among its k + 1 best, or with
+    # a NaN (then its best is one), is sorted stably instead
+    odd = (~(best[:, 1:] < best[:, :-1])).any(-1)
     ids = ids[:, :k]
-    exact = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[:, :k]
-    return ids.index_put((tied.nonzero()[:, 0],), exact) if exact.shape[0] else ids.contiguous()
+    exact = _sorted(scores[odd])[:, :k]
+    return ids.index_put((odd.nonzero()[:, 0],), exact) if exact.shape[0] else ids.contiguous()
+
+
+def _sorted(scores: Tensor) -> Tensor:
+    """Ids by descending score, NaN as minus infinity, ties to the lower id."""
+    clean = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return torch.sort(clean, dim=-1, descending=True, stable=True).indices
 
 
 def router_topk(

@@ -17,6 +17,7 @@ from .topk import LearnedGate
 __all__ = [
     "Choice",
     "Chooser",
+    "ChooserRouter",
     "Memo",
     "Router",
     "RouterContext",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...backends.protocol import Array, Parameter
-from .base import Choice, Memo, RouterContext, Tokens, wide_dtype
+from .base import Choice, Memo, RouterContext, Tokens, times, wide_dtype
 from .gate import gate
 from .grap import block_means, check_blocks, scaled
 from .keyed import balanced_table
@@ -21,9 +21,8 @@ class HashRouter:
     def __init__(self, context: RouterContext) -> None:
         moe = context.moe
         self._context = context
-        self._table_VK = balanced_table(
-            vocabulary(context), moe.num_experts, moe.top_k, context.seed, "hash", context.layer
-        )
+        key = (context.seed, "hash", context.layer)
+        self._table_VK = context.ops.asarray(balanced_table(vocabulary(context), moe.num_experts, moe.top_k, *key))
 
     def parameters(self, prefix: str) -> tuple[Parameter, ...]:
         del prefix
@@ -52,6 +51,8 @@ class Hierarchical:
             )
         if moe.inner_router == "grap":
             check_blocks(context.width, self._size, "moe.num_experts / moe.num_groups")
+        if moe.inner_router == "random":
+            self._table_VK = context.ops.asarray(self._tables())
         # the group is chosen by the domain: the gate must not choose again
         self._inner = replace(context, moe=moe.model_copy(update={"num_groups": 1}))
 
@@ -65,7 +66,7 @@ class Hierarchical:
         group_T1 = ops.asarray(np.repeat(group_S, length).reshape(-1, 1))
         if inner == "random":
             rows_T = group_T1.reshape((-1,)) * vocabulary(self._context) + token_ids(tokens)
-            return looked_up(self._context, self._tables(), rows_T, x_TD, memo)
+            return looked_up(self._context, self._table_VK, rows_T, x_TD, memo)
         experts = ops.asarray(np.arange(self._context.moe.num_experts).reshape(1, -1) // self._size)
         logits_TE = self._logits(params, x_TD)
         return gate(self._inner, logits_TE, tokens, memo, allowed_TE=experts == group_T1)
@@ -91,12 +92,12 @@ class Hierarchical:
         return np.concatenate(tables)
 
 
-def looked_up(context: RouterContext, table_VK: np.ndarray, rows_T: Array, x_TD: Array, memo: Memo) -> Choice:
+def looked_up(context: RouterContext, table_VK: Array, rows_T: Array, x_TD: Array, memo: Memo) -> Choice:
     """The table's experts with equal weights (times route_scale)."""
     ops, moe = context.ops, context.moe
-    chosen_TK = memo.once("chosen", lambda: ops.take_rows(ops.asarray(table_VK), rows_T))
-    weights = np.full(chosen_TK.shape, moe.route_scale / moe.top_k)
-    return Choice(chosen_TK, ops.cast(ops.asarray(weights), wide_dtype(ops, moe.router_dtype, x_TD)))
+    chosen_TK = memo.once("chosen", lambda: ops.take_rows(table_VK, rows_T))
+    ones_TK = ops.cast(chosen_TK >= 0, wide_dtype(ops, moe.router_dtype, x_TD))
+    return Choice(chosen_TK, times(ops, ones_TK, moe.route_scale / moe.top_k))
 
 
 def vocabulary(context: RouterContext) -> int:

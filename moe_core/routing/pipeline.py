@@ -21,7 +21,7 @@ class ChooserRouter:
     """protocol `Router` around a `Chooser`."""
 
     def __init__(self, context: RouterContext, chooser: Chooser) -> None:
-        self._context, self._chooser = context, chooser
+        self._context, self.chooser = context, chooser
         if context.moe.locality_gradient == "router" and not chooser.parameters(""):
             raise ValueError(
                 f"moe.router={context.moe.router} has no parameters that could learn locality; "
@@ -29,7 +29,7 @@ class ChooserRouter:
             )
 
     def parameters(self, prefix: str) -> tuple[Parameter, ...]:
-        return self._chooser.parameters(prefix)
+        return self.chooser.parameters(prefix)
 
     def initial_state(self) -> dict[str, np.ndarray]:
         return router_state.initial(self._context.moe)
@@ -42,7 +42,7 @@ class ChooserRouter:
         x_TD, broken_T = self._without_broken(x_TD)
         if broken_T is not None:
             tokens = replace(tokens, real_T=~broken_T if real_T is None else real_T & ~broken_T)
-        choice = self._chooser.choose(params, x_TD, tokens, memo)
+        choice = self.chooser.choose(params, x_TD, tokens, memo)
         nan_T = non_finite_rows(ops, x_TD) if choice.nan_T is None else choice.nan_T
         nan_T = nan_T if broken_T is None else nan_T | broken_T
         weights_TK = choice.weights_TK
@@ -103,7 +103,7 @@ class ChooserRouter:
             if moe.locality_loss_coeff and moe.locality_nodes > 1:
                 if moe.locality_gradient == "router":
                     # the same scores once more, cut from the rest of the model
-                    apart = self._chooser.choose(params, ops.stop_gradient(x_TD), tokens, memo)
+                    apart = self.chooser.choose(params, ops.stop_gradient(x_TD), tokens, memo)
                     shares_TE = apart.shares_TE
                 losses["locality"] = locality_loss(context, shares_TE, tokens)
         if moe.z_loss_coeff and choice.logits_TE is not None:
