@@ -18,6 +18,7 @@ import numpy as np
 from ..backends.protocol import Array
 from .heads_chunks import in_chunks
 from .heads_exchange import HeadExchange
+from .idle import with_padding, without_padding
 from .layer import LayerStats, MoELayer, MoEOutput
 from .routing.base import Memo, Router, Tokens
 from .routing.finite import NAN_TOKENS, count_true
@@ -25,7 +26,10 @@ from .routing.finite import NAN_TOKENS, count_true
 
 @dataclass(frozen=True)
 class HeadsLayer:
-    """The layer: exchange, then `inner` on this rank's heads, then the exchange back; parameters by short names."""
+    """The layer: exchange, then `inner` on this rank's heads, then the exchange back; parameters by short names.
+
+    Ranks that share heads must hold equally many tokens: nobody asks how many (equal shares of a batch, padded).
+    """
 
     exchange: HeadExchange
     inner: MoELayer
@@ -38,6 +42,9 @@ class HeadsLayer:
         return self.inner.router
 
     def __call__(self, params: Mapping[str, Array], x_TD: Array, tokens: Tokens, memo: Memo) -> MoEOutput:
+        if x_TD.shape[0] == 0:
+            out = self(params, *with_padding(self.exchange.ops, x_TD, replace(tokens, over_heads=None)), memo)
+            return replace(out, y=without_padding(self.exchange.ops, out.y))
         u_TD = x_TD @ params["w_in"]
         everyone = self.exchange.gather_tokens(tokens, x_TD.shape[0])
         if self.chunks > 1 and tokens.sequences >= self.chunks:

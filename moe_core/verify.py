@@ -46,10 +46,17 @@ SCHEMES: Mapping[str, dict[str, Any]] = {
 
 MOES: Mapping[str, dict[str, Any]] = {
     "top2": {"num_experts": 8, "top_k": 2, "z_loss_coeff": 0.01},
-    "uneven_shared": {"num_experts": 5, "top_k": 2, "num_shared_experts": 1, "shared_expert_gate": True, "activation": "gelu"},
+    "uneven_shared": {
+        "num_experts": 5,
+        "top_k": 2,
+        "num_shared_experts": 1,
+        "shared_expert_gate": True,
+        "activation": "gelu",
+    },
     "all_experts": {"num_experts": 4, "top_k": 4, "softmax_order": "after_topk"},
     "sigmoid": {"num_experts": 6, "top_k": 3, "score_function": "sigmoid", "route_scale": 2.5},
     "switch": {"num_experts": 8, "top_k": 1, "router": "switch", "norm_topk_prob": False},
+    "heads": {"num_experts": 4, "top_k": 2, "num_heads": 4, "head_dim": 3, "activation": "gelu"},
 }
 
 TRANSPORTS: Mapping[str, dict[str, Any]] = {
@@ -57,6 +64,10 @@ TRANSPORTS: Mapping[str, dict[str, Any]] = {
     "hierarchical_dedup": {"transport": "hierarchical_dedup"},
     "hierarchical": {"transport": "hierarchical_dedup", "deduplicate": False},
 }
+
+
+UNEQUAL = ("idle_rank", "uneven")
+"""Routings in which ranks hold different numbers of tokens: the exchange of heads has equal splits."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +80,24 @@ class Labelled:
 
 def all_cases(world: int, dtype: str) -> Iterator[Labelled]:
     """Every legal case of `world` ranks."""
-    experts = [n for n in range(1, world + 1) if world % n == 0]
+    meshes = [(e, h) for h in range(1, world + 1) for e in range(1, world + 1) if world % (e * h) == 0]
     work = [(False, 1), (True, 2)]
-    for moe, scheme, transport, routing, expert, (recompute, micro) in itertools.product(
-        MOES, SCHEMES, TRANSPORTS, ROUTINGS, experts, work
+    for moe, scheme, transport, routing, (expert, head), (recompute, micro) in itertools.product(
+        MOES, SCHEMES, TRANSPORTS, ROUTINGS, meshes, work
     ):
-        labelled = make_case(moe, scheme, transport, routing, expert, dtype, recompute, micro)
+        if head > 1 and routing in UNEQUAL:
+            continue
+        labelled = make_case(moe, scheme, transport, routing, (expert, head), dtype, recompute, micro)
         if labelled is not None and expert <= labelled.case.moe.num_experts:
             yield labelled
 
 
 def make_case(
-    moe: str, scheme: str, transport: str, routing: str, expert: int, dtype: str, recompute: bool, micro: int
+    moe: str, scheme: str, transport: str, routing: str, sizes: tuple[int, int], dtype: str, recompute: bool, micro: int
 ) -> Labelled | None:
-    """None where the options do not combine, or would name a case that another name has."""
-    how = {**SCHEMES[scheme], **TRANSPORTS[transport]}
+    """None where the options do not combine, or would name a case that another name has. sizes: expert, head."""
+    expert, head = sizes
+    how = {**SCHEMES[scheme], **TRANSPORTS[transport], "head_parallel_size": head}
     if scheme == "hiermoe" and transport != "hierarchical_dedup":
         return None
     config = MoeConfig(**{"expert_hidden_size": 6, "aux_loss_coeff": 0.02, **MOES[moe]})
@@ -92,7 +106,7 @@ def make_case(
         check_combinations(Config(moe=config, parallel=parallel))
     except ConfigError:
         return None
-    case = Case(config, parallel, expert=expert, routing=routing, recompute=recompute, micro_batches=micro)
+    case = Case(config, parallel, expert=expert, head=head, routing=routing, recompute=recompute, micro_batches=micro)
     case = replace(case, dtype=dtype, optimizer="adamw")  # type: ignore[arg-type]
     axes = {
         "router": config.router,
@@ -105,6 +119,7 @@ def make_case(
         "scheme": scheme,
         "routing": routing,
         "expert_parallel_size": str(expert),
+        "head_parallel_size": str(head),
         "recompute": "experts" if recompute else "none",
     }
     return Labelled(case, tuple(axes.items()))
@@ -185,7 +200,12 @@ def verify_rank(backend: Backend | Any, comm: Communicator, level: VerifyLevel, 
 
 
 def _summary(
-    cases: Sequence[Labelled], reports: Sequence[Report], worst: np.ndarray, zeros_ok: np.ndarray, world: int, dtype: str
+    cases: Sequence[Labelled],
+    reports: Sequence[Report],
+    worst: np.ndarray,
+    zeros_ok: np.ndarray,
+    world: int,
+    dtype: str,
 ) -> dict[str, Any]:
     good = (worst <= TOLERANCE[dtype]) & zeros_ok
     axes: dict[str, Counter[str]] = {}
