@@ -9,13 +9,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...backends.protocol import Array, Ops
+from ...backends.protocol import Array
 from ..config import MoeConfig
 from ..planners.static import owners
 from .base import RouterContext, Tokens, only_real, times
 
 NODE_ROWS = "node_rows"
 """Statistic (nodes x nodes, flat): kept rows by home of the token and node of the expert."""
+TOKEN_NODES = "token_nodes"
+"""Statistic (vocabulary x nodes, flat): kept rows by token id and node of the expert."""
 
 
 def expert_nodes(moe: MoeConfig) -> np.ndarray:
@@ -84,15 +86,18 @@ def locality_loss(context: RouterContext, shares_TE: Array, tokens: Tokens) -> A
     return times(ops, divergence, 1.0 / (tokens.total * tokens.layers))
 
 
-def node_rows(ops: Ops, moe: MoeConfig, ids_TK: Array, tokens: Tokens) -> Array:
-    """(R * R,) rows by (home of the token, node of its expert); ids below 0 do not count."""
-    nodes = moe.locality_nodes
-    homes_S = home_nodes(tokens, nodes)
+def locality_statistics(context: RouterContext, ids_TK: Array, tokens: Tokens) -> dict[str, Array]:
+    """Rows by (home of the token, node of its expert), and by (token id, node) where ids are known; not those at -1."""
+    ops, nodes = context.ops, context.moe.locality_nodes
     length = ids_TK.shape[0] // max(tokens.sequences, 1)
-    home_T1 = ops.asarray(np.repeat(homes_S, length).reshape(-1, 1))
-    table_E = ops.asarray(expert_nodes(moe))
+    home_T1 = ops.asarray(np.repeat(home_nodes(tokens, nodes), length).reshape(-1, 1))
+    table_E = ops.asarray(expert_nodes(context.moe))
     node_TK = ops.take_rows(table_E, ops.where(ids_TK >= 0, ids_TK, 0).reshape((-1,))).reshape(ids_TK.shape)
-    return ops.count(ops.where(ids_TK >= 0, home_T1 * nodes + node_TK, -1), nodes * nodes)
+    found = {NODE_ROWS: ops.count(ops.where(ids_TK >= 0, home_T1 * nodes + node_TK, -1), nodes * nodes)}
+    if context.vocab_size is not None and tokens.token_ids_T is not None:
+        keys_TK = tokens.token_ids_T.reshape((-1, 1)) * nodes + node_TK
+        found[TOKEN_NODES] = ops.count(ops.where(ids_TK >= 0, keys_TK, -1), context.vocab_size * nodes)
+    return found
 
 
 def local_share(totals: Mapping[str, np.ndarray]) -> float:

@@ -12,7 +12,7 @@ from . import state as router_state
 from .base import Choice, Chooser, Memo, RouterContext, Routing, State, Tokens, flatten_real
 from .capacity import group_capacity, within_capacity, within_mass
 from .finite import NAN_TOKENS, count_true, non_finite_rows
-from .locality import NODE_ROWS, locality_loss, node_rows
+from .locality import locality_loss, locality_statistics
 from .losses import entropy_loss, load_balance_losses, z_loss
 from .theory import cosine_edges
 
@@ -114,7 +114,7 @@ class ChooserRouter:
         ops, moe = self._context.ops, self._context.moe
         statistics = {NAN_TOKENS: count_true(ops, nan_T, tokens.real_T)}
         if moe.locality_nodes > 1:
-            statistics[NODE_ROWS] = node_rows(ops, moe, ids_TK, tokens)
+            statistics |= locality_statistics(self._context, ids_TK, tokens)
         if choice.cosine_T is not None:
             statistics[router_state.COSINES] = self._cosine_counts(choice.cosine_T, tokens)
         return statistics
