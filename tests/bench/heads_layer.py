@@ -1,49 +1,55 @@
 """Layer forward and backward over real sockets: head parallel beside flat and deduplicated expert parallelism.
 
-python tests/bench/heads_layer.py [--nproc 4] [--nodes 2] [--rate 200] ...        local processes
-... --rank R --address A --port P                                one process of a job: on a shaped network
+python tests/bench/heads_layer.py [--ks 1 2 4 8] [--tokens 1024] ...            four local processes
+python tests/bench/heads_layer.py --testbed 2x2 --rate 200mbit                  two shaped nodes (root)
 
-rate: Mbit/s between nodes, for the predicted ceiling (0: none). Prints JSON.
+With a rate, times stand beside a prediction: the compute of the same rows without any exchange, plus the predicted
+bytes of the four exchanges over a node's link. Prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from twinmoe.backends import registry
 from twinmoe.backends.protocol import Communicator, Launch
+from twinmoe.backends.registry import worker_environment
 from twinmoe.backends.torch_shared import ops
 from twinmoe.moe_core.build import LayerSpec, build_layer, make_runtime
 from twinmoe.moe_core.config import ClusterConfig, LevelConfig, MoeConfig, ParallelConfig
 from twinmoe.moe_core.heads_traffic import Layer, deduplicated, flat, head_parallel
 from twinmoe.moe_core.mesh import Mesh
 from twinmoe.moe_core.routing.base import Memo, Tokens
+from twinmoe.moe_core.testbed import Shape as TestbedShape
+from twinmoe.moe_core.testbed import Testbed, run_ranks
 from twinmoe.moe_core.transformer import scoped
-from twinmoe.testing.processes import free_port
+from twinmoe.testing.processes import free_port, run_processes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the layer on a rank, and of the job."""
+    """Sizes of the layer on a rank, and of the job; rate of a node's link in Mbit/s (0: not shaped)."""
 
     tokens: int = 1024
     width: int = 256
     heads: int = 4
     experts: int = 32
     hidden: int = 64
-    nodes: int = 2
-    rate: float = 0.0
     steps: int = 7
+    nodes: int = 1
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,33 +137,56 @@ def row(comm: Communicator, shape: Shape, top_k: int) -> dict[str, Any]:
     return found
 
 
-def run(launch: Launch, shape: Shape, ks: list[int]) -> None:
+def run(backend: registry.Backend, launch: Launch, shape: dict[str, Any], ks: list[int]) -> dict[str, Any]:
+    """All rows, on every rank."""
     torch.set_num_threads(1)
-    comm = registry.load("cpu", decided_by="bench").comm.connect(launch)
-    rows = [row(comm, shape, k) for k in ks]
-    if comm.rank == 0:
-        print(json.dumps({"shape": asdict(shape), "ranks": comm.size, "rows": rows}, indent=1), flush=True)
-    comm.close()
+    comm = backend.comm.connect(launch)
+    rows = [row(comm, Shape(**shape), k) for k in ks]
+    comm.barrier()
+    return {"shape": shape, "ranks": comm.size, "rows": rows}
+
+
+def on_testbed(testbed: str, rate: str | None, shape: dict[str, Any], ks: list[int]) -> dict[str, Any]:
+    """`run` on ranks in namespaces."""
+    kind = TestbedShape.parse(testbed, rate)
+    mbit = 0.0 if rate is None else float(rate[:-4]) * {"k": 1e-3, "m": 1.0, "g": 1e3}[rate[-4]]
+    with tempfile.TemporaryDirectory() as name, Testbed(kind) as bed:
+        order, log = Path(name) / "order.json", Path(name) / "log"
+        order.write_text(json.dumps({"shape": {**shape, "nodes": kind.nodes, "rate": mbit}, "ks": ks}))
+        words = [sys.executable, __file__, "--worker", str(order)]
+        status = run_ranks(bed, words, worker_environment(str(Path(sys.executable).parent)), free_port(), log, 900)
+        if any(status):
+            raise SystemExit(log.read_text()[-3000:])
+        return json.loads(order.with_suffix(".result").read_text())
+
+
+def worker(order: Path) -> None:
+    launch = registry.read_launch()
+    result = run(registry.load("cpu", decided_by="bench"), launch, **json.loads(order.read_text()))
+    if launch.rank == 0:
+        order.with_suffix(".result").write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, default=4)
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--address", default="127.0.0.1")
-    parser.add_argument("--port", type=int)
-    for name, value in asdict(Shape()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--testbed")
+    parser.add_argument("--rate")
+    parser.add_argument("--worker", type=Path)
+    sizes = {name: value for name, value in asdict(Shape()).items() if name not in ("nodes", "rate")}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    if args.rank is None:
-        port = free_port()
-        order = [sys.executable, *sys.argv, "--port", str(port)]
-        workers = [subprocess.Popen([*order, "--rank", str(rank)]) for rank in range(args.nproc)]
-        sys.exit(max(worker.wait() for worker in workers))
-    shape = Shape(**{name: getattr(args, name) for name in asdict(Shape())})
-    launch = Launch(args.rank, args.nproc, args.rank, args.nproc, args.address, args.port, timeout_s=120)
-    run(launch, shape, args.ks)
+    if args.worker:
+        worker(args.worker)
+    shape = {name: getattr(args, name) for name in sizes}
+    if args.testbed:
+        found = on_testbed(args.testbed, args.rate, shape, args.ks)
+    else:
+        found = run_processes(4, "twinmoe.testing.bench.heads_layer:run", {"shape": shape, "ks": args.ks}, seconds=900)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
