@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from twinmoe.backends import reference
 from twinmoe.backends.protocol import Component, Parameter, TrainOptions
 from twinmoe.backends.reference.comm import Communicator, run_ranks
-from twinmoe.moe_core.build import make_runtime
+from twinmoe.moe_core.build import LayerParts, LayerSpec, Runtime, build_layer, make_runtime
+from twinmoe.moe_core.checkpoint import Checkpoint, publish, write_shard
 from twinmoe.moe_core.config import ParallelConfig
 from twinmoe.moe_core.exactness import Case, check_case
 from twinmoe.moe_core.mesh import Mesh
 from twinmoe.testing.moe_core.heads_harness import MOE, Trained, alone, runtime_of, small_config, train, worst
 
+KINDS = ("parameter", "exp_avg")
 LAYOUTS = {"W=1": (1, 1), "W=2": (2, 1), "W=4": (4, 1), "W=8": (8, 1), "HP2xEP2": (2, 2), "EP4": (1, 4)}
 BALANCED = MOE.model_copy(update={"aux_loss_coeff": 0.02, "z_loss_coeff": 0.01, "bias_update_rate": 0.05})
 
@@ -101,6 +104,40 @@ def test_planners_transports_and_residencies_work_inside_a_head_s_ranks(parallel
         return check_case(case, reference, runtime).passed(1e-10)
 
     assert all(run_ranks(4, rank))
+
+
+@pytest.mark.parametrize("residency", ["owned", "fully_sharded"])
+def test_a_checkpoint_of_four_heads_ranks_is_read_by_any_other_layout(residency: str, tmp_path: Path) -> None:
+    parallel = ParallelConfig.model_validate({"residency": residency})
+
+    def layer(comm: Communicator, head: int, expert: int) -> tuple[LayerParts, Runtime]:
+        runtime = runtime_of(comm, head, expert)
+        return build_layer(MOE, parallel, runtime, LayerSpec(12, "moe.", seed=3)), runtime
+
+    def save(comm: Communicator) -> None:
+        parts, runtime = layer(comm, 4, 2)
+        tensors = ((p.name, kind, p.initial() + i) for p in parts.parameters for i, kind in enumerate(KINDS))
+        write_shard(tmp_path / "new", comm.rank, {p.name: p for p in parts.parameters}, runtime.groups, tensors)
+
+    def load(comm: Communicator, head: int, expert: int) -> int:
+        parts, _ = layer(comm, head, expert)
+        specs, checkpoint = (
+            {p.name: p for p in parts.parameters},
+            Checkpoint(tmp_path / "checkpoints" / "step_00000001"),
+        )
+        found = list(checkpoint.values(specs))
+        for name, kind, value in found:
+            padding = specs[name].initial() == 0  # of shards
+            np.testing.assert_array_equal(value[~padding], (specs[name].initial() + KINDS.index(kind))[~padding])
+        return len(found)
+
+    (tmp_path / "new").mkdir()
+    run_ranks(8, save)
+    (tmp_path / "checkpoints").mkdir()
+    publish(tmp_path / "new", tmp_path / "checkpoints" / "step_00000001", 8, {"step": 1})
+    for head, expert in ((1, 1), (2, 1), (2, 2), (1, 4), (8, 1)):
+        counts = run_ranks(head * expert, lambda comm, h=head, e=expert: load(comm, h, e))
+        assert counts == [5 * len(KINDS)] * (head * expert)
 
 
 # --- the scale of gradients ------------------------------------------------------------------
