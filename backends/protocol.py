@@ -285,6 +285,7 @@ class Launch:
 class Piece:
     """Where a stored value belongs: elements start..stop along `axis` (None: of the flattened tensor) of `name`.
 
+    blocks: the axis is so many equal runs, and start..stop counts inside each (gate and linear columns).
     `shape` is that of the whole logical tensor, `name` its name in checkpoints, whatever the layout.
     """
 
@@ -293,6 +294,7 @@ class Piece:
     start: int = 0
     stop: int | None = None
     axis: int | None = None
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,8 @@ class Parameter:
     reduce_over: name of the group over which its gradient is summed; norm_over: name of the group whose
     ranks hold disjoint parts (None = every rank holds the same), so that a norm counts each part once.
     master: handed to forward in its stored precision instead of the computation's (router, norms).
-    pieces: what each row of axis 0 is (one logical expert a row); empty: the whole is one logical tensor, `name`.
+    pieces: what each row of axis 0 is (one logical expert a row); empty: the whole is one logical tensor, `name`,
+    or the part of it that `part` says.
     """
 
     name: str
@@ -313,6 +316,7 @@ class Parameter:
     weight_decay: bool = True
     master: bool = False
     pieces: tuple[Piece, ...] = ()
+    part: Piece | None = None
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,19 @@ from .residency.borrowed import Borrowed
 from .residency.fully_sharded import FullySharded
 from .residency.owned import Owned
 from .routing import Router, RouterContext, make_router
+from .tensor_parallel import (
+    SplitExperts,
+    SummedOverTensor,
+    part_of_experts,
+    split_mlp,
+    summed_over_tensor,
+)
 from .topology import Topology, flat_topology, topology_of
 from .transformer import Declare, mlp, mlp_parameters
 from .transport.base import Transport
 from .transport.depth import usual_depth
 from .transport.flat import Flat, Local
+from .transport.groupwise import Groupwise
 from .transport.hierarchical import HierarchicalDedup, Hierarchy, StageGroups, hierarchy_groups
 
 
@@ -49,6 +57,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "expert_weights": ("expert",),
     "expert_data": ("data",),
     "tensor": ("tensor",),
+    "token": ("data", "head", "expert"),
+    "expert_tensor": ("expert", "tensor"),
     "head": ("head",),
     "head_expert": ("head", "expert"),
     "head_data": ("data", "expert", "tensor"),
@@ -102,7 +112,7 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
     """Router, planner, transport and residency of one layer on this rank (`moe.num_heads > 1`: of its heads)."""
     ops, group = runtime.ops, runtime.groups["expert"]
     if moe.num_heads > 1:
-        return build_heads(moe, parallel, runtime, spec, build_layer, _shared_experts(ops, moe, spec))
+        return build_heads(moe, parallel, runtime, spec, build_layer, _shared_experts(runtime, moe, spec))
     if moe.num_experts < group.size:
         raise ValueError(
             f"expert_parallel_size={group.size} exceeds moe.num_experts={moe.num_experts}; choose at most one rank per expert"
@@ -110,7 +120,7 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
     place = (spec.layer, spec.vocab_size, runtime.comm, runtime.groups["world"])
     router = spec.router or make_router(RouterContext(ops, moe, spec.width, spec.seed, spec.std, *place))
     residency = _residency(moe, parallel, runtime, spec)
-    shared, shared_parameters = _shared_experts(ops, moe, spec)
+    shared, shared_parameters = _shared_experts(runtime, moe, spec)
     layer = MoELayer(
         ops=ops,
         comm=runtime.comm,
@@ -134,6 +144,15 @@ def _nodes(runtime: Runtime) -> tuple[int, ...] | None:
 
 
 def _residency(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> Residency:
+    tensor = runtime.groups["tensor"]
+    if tensor.size == 1:
+        return _whole_experts(moe, parallel, runtime, spec)
+    parts = part_of_experts(moe, tensor)
+    inner = _whole_experts(parts, parallel, runtime, spec)
+    return SplitExperts(_whole_experts(moe, parallel, runtime, spec), inner, tensor, moe.activation)
+
+
+def _whole_experts(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> Residency:
     ops, comm, weights = runtime.ops, runtime.comm, runtime.groups["expert_weights"]
     if parallel.residency == "fully_sharded":
         return FullySharded(ops, comm, weights, moe, spec.width, spec.seed, spec.std)
@@ -143,12 +162,16 @@ def _residency(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec:
 
 
 def _transport(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> Transport:
-    ops, comm, group = runtime.ops, runtime.comm, runtime.groups["expert"]
+    ops, comm, group, tensor = runtime.ops, runtime.comm, runtime.groups["expert"], runtime.groups["tensor"]
+    if group.size > 1 and tensor.size > 1 and parallel.transport == "groupwise":
+        return Groupwise(ops, comm, group, tensor)
     if group.size == 1:
-        return Local(ops, moe.num_experts)
-    if parallel.transport == "hierarchical_dedup":
-        return HierarchicalDedup(ops, comm, group, _hierarchy(moe, parallel, runtime, width))
-    return Flat(ops, comm, group)
+        whole: Transport = Local(ops, moe.num_experts)
+    elif parallel.transport == "hierarchical_dedup":
+        whole = HierarchicalDedup(ops, comm, group, _hierarchy(moe, parallel, runtime, width))
+    else:
+        whole = Flat(ops, comm, group)
+    return whole if tensor.size == 1 else SummedOverTensor(whole, comm, tensor)
 
 
 def _hierarchy(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> Hierarchy:
@@ -162,18 +185,21 @@ def _hierarchy(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width
     return Hierarchy(topology, runtime.stage_groups, depth, usual, parallel.deduplicate)
 
 
-def _shared_experts(ops: Ops, moe: MoeConfig, spec: LayerSpec):  # noqa: ANN202
+def _shared_experts(runtime: Runtime, moe: MoeConfig, spec: LayerSpec):
     """The dense expert that every token visits (optionally scaled by a sigmoid gate), and its parameters."""
     if not moe.num_shared_experts:
         return None, ()
+    ops, tensor = runtime.ops, runtime.groups["tensor"]
     hidden = moe.num_shared_experts * (moe.shared_expert_hidden_size or moe.expert_hidden_size)
     declare = Declare(spec.prefix, spec.seed)
     made = mlp_parameters("w_shared", spec.width, hidden, moe.activation, (spec.std, spec.std_down), declare)
+    made = split_mlp(made, tensor, moe.activation)
     if moe.shared_expert_gate:
         made.append(declare("w_shared_gate", (spec.width, 1), spec.std))
 
     def shared(params: Mapping[str, Array], x_TD: Array) -> Array:
-        y_TD = mlp(ops, moe.activation, params["w_shared_up"], params["w_shared_down"], x_TD)
+        part_TD = mlp(ops, moe.activation, params["w_shared_up"], params["w_shared_down"], x_TD)
+        y_TD = summed_over_tensor(runtime.comm, tensor, part_TD)
         return y_TD * ops.sigmoid(x_TD @ params["w_shared_gate"]) if moe.shared_expert_gate else y_TD
 
     return shared, tuple(made)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..backends.protocol import Group, Parameter, Piece
+from .parameters import join_parts, take_part
 
 FORMAT = 1
 _STEP = re.compile(r"step_(\d{8})")
@@ -42,10 +43,15 @@ class Entry:
     start: int
     stop: int | None
     axis: int | None
+    blocks: int = 1
 
 
 def write_shard(
-    folder: Path, rank: int, specs: Mapping[str, Parameter], groups: Mapping[str, Group], tensors: Iterable[tuple[str, str, np.ndarray]]
+    folder: Path,
+    rank: int,
+    specs: Mapping[str, Parameter],
+    groups: Mapping[str, Group],
+    tensors: Iterable[tuple[str, str, np.ndarray]],
 ) -> None:
     """This rank's file and its table. Each logical element is written by the first rank that holds it."""
     arrays: dict[str, np.ndarray] = {}
@@ -58,7 +64,8 @@ def write_shard(
         for piece, part in _parts(spec, value):
             key = f"{kind}/{piece.name}" + ("" if piece.stop is None else f"/{piece.start}")
             arrays[key] = np.ascontiguousarray(part)
-            table.append(Entry(file, key, piece.name, kind, piece.shape, piece.start, piece.stop, piece.axis).__dict__)
+            place = (piece.start, piece.stop, piece.axis, piece.blocks)
+            table.append(vars(Entry(file, key, piece.name, kind, piece.shape, *place)))
     save_file(arrays, folder / file)
     _flush(folder / file)
     record = {"file": file, "sha256": _sha256(folder / file), "entries": table}
@@ -67,7 +74,7 @@ def write_shard(
 
 def _parts(spec: Parameter, value: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
     if not spec.pieces:
-        yield Piece(spec.name, spec.shape), value
+        yield spec.part or Piece(spec.name, spec.shape), value
         return
     for row, piece in enumerate(spec.pieces):
         yield piece, value[row]
@@ -117,7 +124,9 @@ def find(run_dir: Path, resume: str | None) -> Path | None:
         if (folder / "latest").exists():
             folder = folder / "checkpoints" / _safe_name((folder / "latest").read_text().strip())
         if not (folder / "manifest.json").exists():
-            raise CheckpointError(f"{resume} holds no checkpoint (no manifest.json); name a run folder or a step_* folder")
+            raise CheckpointError(
+                f"{resume} holds no checkpoint (no manifest.json); name a run folder or a step_* folder"
+            )
         return folder
     pointer = run_dir / "latest"
     return run_dir / "checkpoints" / _safe_name(pointer.read_text().strip()) if pointer.exists() else None
@@ -138,7 +147,9 @@ class Checkpoint:
             self.manifest = json.loads((folder / "manifest.json").read_text())
             files, tensors = self.manifest["files"], self.manifest["tensors"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'manifest.json'} cannot be read ({error}); take an older checkpoint") from error
+            raise CheckpointError(
+                f"{folder / 'manifest.json'} cannot be read ({error}); take an older checkpoint"
+            ) from error
         if self.manifest.get("format") != FORMAT:
             raise CheckpointError(f"{folder} has format {self.manifest.get('format')!r}, this version reads {FORMAT}")
         for name, digest in files.items():
@@ -163,11 +174,13 @@ class Checkpoint:
         kinds = sorted({kind for kind, _ in self._entries}, key=lambda k: (k != "parameter", k))
         for name, spec in specs.items():
             for kind in kinds:
-                pieces = spec.pieces or (Piece(name, spec.shape),)
+                pieces = spec.pieces or (spec.part or Piece(name, spec.shape),)
                 parts = [self._read(kind, piece) for piece in pieces]
                 value = np.stack(parts) if spec.pieces else parts[0]
                 if value.shape != spec.shape:
-                    raise CheckpointError(f"{name} has shape {value.shape} in {self.folder}, the model wants {spec.shape}")
+                    raise CheckpointError(
+                        f"{name} has shape {value.shape} in {self.folder}, the model wants {spec.shape}"
+                    )
                 yield name, kind, value
 
     def check_complete(self, names: Iterable[str]) -> None:
@@ -187,9 +200,9 @@ class Checkpoint:
         whole = self._assemble(entries)
         if piece.stop is None:
             return whole
-        flat = whole.reshape(-1) if piece.axis is None else whole
         if piece.axis is not None:
-            return np.take(flat, np.arange(piece.start, piece.stop), piece.axis)
+            return take_part(whole, piece)
+        flat = whole.reshape(-1)
         padded = np.zeros(piece.stop - piece.start, flat.dtype)
         got = flat[piece.start : piece.stop]
         padded[: len(got)] = got
@@ -204,7 +217,7 @@ class Checkpoint:
         if first.stop is None:
             return parts[0]
         if first.axis is not None:
-            return np.concatenate(parts, first.axis)
+            return join_parts(parts, first.axis, first.blocks)
         return np.concatenate(parts)[: int(np.prod(first.shape))].reshape(first.shape)
 
 

@@ -27,6 +27,18 @@ class Rule:
         return f"{_told(config, self.first)} and {_told(config, self.second)} do not combine: {self.why}"
 
 
+def _hidden_sizes(config: Config) -> list[int]:
+    moe, model = config.moe, config.model
+    sizes = [moe.expert_hidden_size]
+    sizes += [moe.num_shared_experts * (moe.shared_expert_hidden_size or moe.expert_hidden_size)]
+    return sizes + ([model.dense_hidden_size or moe.expert_hidden_size * moe.top_k] if model.num_dense_layers else [])
+
+
+def _attention_heads(config: Config) -> tuple[int, int]:
+    model = config.model
+    return model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+
+
 def _zero_router_gradient(config: Config) -> bool:
     moe = config.moe
     normalised = moe.norm_topk_prob or (moe.score_function == "softmax" and moe.softmax_order == "after_topk")
@@ -63,6 +75,30 @@ RULES: tuple[Rule, ...] = (
         "parallel.tensor_parallel_size",
         "rows are cut over a tensor-parallel group; set tensor_parallel_size > 1 or transport flat",
         lambda c: c.parallel.transport == "groupwise" and c.parallel.tensor_parallel_size == 1,
+    ),
+    Rule(
+        "parallel.tensor_parallel_size",
+        "parallel.residency",
+        "shards are cut across columns already; choose residency owned or borrowed, or tensor_parallel_size 1",
+        lambda c: c.parallel.tensor_parallel_size > 1 and c.parallel.residency == "fully_sharded",
+    ),
+    Rule(
+        "parallel.tensor_parallel_size",
+        "moe.num_heads",
+        "heads are shared by rank, not cut by column; use head_parallel_size, or tensor_parallel_size 1",
+        lambda c: c.parallel.tensor_parallel_size > 1 and c.moe.num_heads > 1,
+    ),
+    Rule(
+        "parallel.tensor_parallel_size",
+        "moe.expert_hidden_size",
+        "every rank gets the same number of columns; choose a tensor_parallel_size that divides the hidden sizes",
+        lambda c: any(size % c.parallel.tensor_parallel_size for size in _hidden_sizes(c)),
+    ),
+    Rule(
+        "parallel.tensor_parallel_size",
+        "model.num_attention_heads",
+        "every rank gets the same number of heads; choose a tensor_parallel_size that divides them and key-value heads",
+        lambda c: any(heads % c.parallel.tensor_parallel_size for heads in _attention_heads(c)),
     ),
     Rule(
         "parallel.head_parallel_size",

@@ -14,6 +14,7 @@ from .build import LayerSpec, Runtime, build_layer, make_runtime
 from .config import MoeConfig, ParallelConfig
 from .layer import MoEOutput
 from .mesh import Mesh
+from .parameters import take_part
 from .routing.base import Memo, Tokens, times
 from .transformer import scoped
 
@@ -48,7 +49,9 @@ class Case:
     def name(self) -> str:
         p = self.parallel
         how = f"{p.planner}+{p.transport}+{p.residency}+{p.placement}"
-        more = ("+recompute" if self.recompute else "") + (f"+micro{self.micro_batches}" if self.micro_batches > 1 else "")
+        more = ("+recompute" if self.recompute else "") + (
+            f"+micro{self.micro_batches}" if self.micro_batches > 1 else ""
+        )
         return (
             f"{self.moe.router} E={self.moe.num_experts} k={self.moe.top_k} {how}{more} "
             f"ep={self.expert} hp={self.head} tp={self.tensor} {self.routing}"
@@ -144,7 +147,7 @@ class StepResult:
 
     y: dict[int, np.ndarray]
     grads: dict[str, np.ndarray]
-    pieces: dict[str, tuple[Piece, ...]]
+    specs: dict[str, Parameter]
     losses: dict[str, float]
     norm: float
     params: dict[str, np.ndarray]
@@ -157,7 +160,11 @@ def run_steps(case: Case, problem: Problem, backend: Any, runtime: Runtime) -> l
     parts = build_layer(case.moe, case.parallel, runtime, _spec(case))
     parameters = [replace(p, initial=_initial(p, problem.values)) for p in parts.parameters]
     x_own = problem.x_SLD[list(mine)]
-    parameters.append(Parameter("x", x_own.shape, lambda: x_own, reduce_over="self", norm_over="token", weight_decay=False, master=True))
+    parameters.append(
+        Parameter(
+            "x", x_own.shape, lambda: x_own, reduce_over="tensor", norm_over="token", weight_decay=False, master=True
+        )
+    )
     ops = backend.ops
 
     def forward(params: Mapping[str, Any], rows: slice) -> MoEOutput:
@@ -178,13 +185,14 @@ def run_steps(case: Case, problem: Problem, backend: Any, runtime: Runtime) -> l
 
     component = Component("moe", tuple(parameters), forward)
     groups = {**runtime.groups, "self": Group("self", (runtime.comm.rank,), 0)}
-    groups["token"] = runtime.groups["world"] if runtime.mesh.tensor == 1 else runtime.groups["token"]
     options = TrainOptions(dtype=case.dtype, eps=1e-8 if case.dtype == "float64" else 1e-3, optimizer=case.optimizer)  # type: ignore[arg-type]
     state = backend.trainer.build([component], options, groups, runtime.comm)
     return [_one_step(case, problem, backend, state, mine, parameters) for _ in range(case.steps)]
 
 
-def _one_step(case: Case, problem: Problem, backend: Any, state: Any, mine: tuple[int, ...], parameters: list[Parameter]) -> StepResult:
+def _one_step(
+    case: Case, problem: Problem, backend: Any, state: Any, mine: tuple[int, ...], parameters: list[Parameter]
+) -> StepResult:
     ops, trainer = backend.ops, backend.trainer
     size = max(1, len(mine) // case.micro_batches)
     y: dict[int, np.ndarray] = {}
@@ -199,7 +207,7 @@ def _one_step(case: Case, problem: Problem, backend: Any, state: Any, mine: tupl
             loss = ops.sum_rows(out.y * dy, to_one_row, 1).sum(-1).sum(-1)
             for name, value in out.losses.items():
                 loss = loss + times(ops, value, getattr(case.moe, _COEFFICIENT[name]))
-            return loss, out
+            return times(ops, loss, 1.0 / case.tensor), out
 
         _, out = trainer.accumulate(state, loss_fn)
         flat = ops.to_numpy(out.y)
@@ -212,7 +220,7 @@ def _one_step(case: Case, problem: Problem, backend: Any, state: Any, mine: tupl
     norm = trainer.clip_gradients(state, MAX_NORM)
     trainer.step(state, LEARNING_RATE)
     params = {name: value for name, kind, value in trainer.tensors(state) if kind == "parameter"}
-    return StepResult(y, grads, {p.name: p.pieces for p in parameters}, losses, norm, params)
+    return StepResult(y, grads, {p.name: p for p in parameters}, losses, norm, params)
 
 
 _COEFFICIENT = {"load_balance": "aux_loss_coeff", "z": "z_loss_coeff", "locality": "locality_loss_coeff"}
@@ -254,7 +262,16 @@ def _reference_run(case: Case, problem: Problem) -> list[Expected]:
     def alone(comm: Communicator) -> list[Expected]:
         runtime = make_runtime(reference.ops, comm, Mesh())
         whole = replace(problem, share_R=(tuple(range(len(problem.x_SLD))),))
-        single = replace(case, parallel=ParallelConfig(), expert=1, head=1, tensor=1, recompute=False, micro_batches=1, dtype="float64")
+        single = replace(
+            case,
+            parallel=ParallelConfig(),
+            expert=1,
+            head=1,
+            tensor=1,
+            recompute=False,
+            micro_batches=1,
+            dtype="float64",
+        )
         return [_whole(step) for step in run_steps(single, whole, reference, runtime)]
 
     return run_ranks(1, alone)[0]
@@ -264,7 +281,7 @@ def _whole(step: StepResult) -> Expected:
     """A step of one rank, by logical names."""
 
     def named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {piece.name: part for n, v in tensors.items() for piece, part in local_parts(n, v, step.pieces[n])}
+        return {piece.name: part for n, v in tensors.items() for piece, part in local_parts(step.specs[n], v)}
 
     y_SLD = np.stack([step.y[s] for s in sorted(step.y)])
     return Expected(y_SLD, named(step.grads), step.losses, step.norm, named(step.params))
@@ -277,7 +294,9 @@ def oracle_gradients(
     from ..testing import oracle
 
     moe, prefix = case.moe, "moe."
-    stack = {n: np.stack([values[f"{prefix}experts.{e}.{n}"] for e in range(moe.num_experts)]) for n in ("w_up", "w_down")}
+    stack = {
+        n: np.stack([values[f"{prefix}experts.{e}.{n}"] for e in range(moe.num_experts)]) for n in ("w_up", "w_down")
+    }
     params = {**stack, "w_router": values[f"{prefix}w_router"]}
     shared = [n for n in ("w_shared_up", "w_shared_down", "w_shared_gate") if f"{prefix}{n}" in values]
     params.update({n: values[f"{prefix}{n}"] for n in shared})
@@ -292,7 +311,12 @@ def oracle_gradients(
 
 
 def _update(
-    case: Case, name: str, value: np.ndarray, grad: np.ndarray, moments: dict[str, tuple[np.ndarray, np.ndarray]], step: int
+    case: Case,
+    name: str,
+    value: np.ndarray,
+    grad: np.ndarray,
+    moments: dict[str, tuple[np.ndarray, np.ndarray]],
+    step: int,
 ) -> np.ndarray:
     options = TrainOptions(eps=1e-8 if case.dtype == "float64" else 1e-3)
     decay = 0.0 if name == "x" else options.weight_decay
@@ -326,9 +350,11 @@ class Errors:
                 if name == "x":
                     self._add(kind + "x", value, whole["x"][share])
                     continue
-                for piece, part in local_parts(name, value, got.pieces[name]):
+                for piece, part in local_parts(got.specs[name], value):
                     self._add(kind + piece.name, part, slice_piece(whole[piece.name], piece), bool(kind))
-        everyone = runtime.comm.gather_to_host(np.array([got.losses.get(n, 0.0) for n in _COEFFICIENT]), runtime.groups["world"])
+        everyone = runtime.comm.gather_to_host(
+            np.array([got.losses.get(n, 0.0) for n in _COEFFICIENT]), runtime.groups["world"]
+        )
         for name, value in zip(_COEFFICIENT, everyone.sum(0) / runtime.mesh.tensor):
             if name in got.losses:
                 self._add(f"loss {name}", np.array(value), np.array(want.losses[name]))
@@ -346,9 +372,9 @@ class Errors:
             self.worst = (max(self.worst[0], error), f"{name} (must be exactly zero)")
 
 
-def local_parts(name: str, value: np.ndarray, pieces: tuple[Piece, ...]) -> list[tuple[Piece, np.ndarray]]:
+def local_parts(spec: Parameter, value: np.ndarray) -> list[tuple[Piece, np.ndarray]]:
     """A stored tensor as its logical pieces."""
-    return list(zip(pieces, value)) if pieces else [(Piece(name, value.shape), value)]
+    return list(zip(spec.pieces, value)) if spec.pieces else [(spec.part or Piece(spec.name, value.shape), value)]
 
 
 def slice_piece(whole: np.ndarray, piece: Piece) -> np.ndarray:
@@ -356,7 +382,7 @@ def slice_piece(whole: np.ndarray, piece: Piece) -> np.ndarray:
     if piece.stop is None:
         return whole
     if piece.axis is not None:
-        return np.take(whole, np.arange(piece.start, piece.stop), piece.axis)
+        return take_part(whole, piece)
     out = np.zeros(piece.stop - piece.start)
     part = whole.reshape(-1)[piece.start : piece.stop]
     out[: len(part)] = part
@@ -365,7 +391,8 @@ def slice_piece(whole: np.ndarray, piece: Piece) -> np.ndarray:
 
 def _initial(parameter: Parameter, values: Mapping[str, np.ndarray]) -> Any:
     if not parameter.pieces:
-        return lambda: values[parameter.name].reshape(parameter.shape)
+        whole = parameter.part or Piece(parameter.name, parameter.shape)
+        return lambda: slice_piece(values[whole.name], whole).reshape(parameter.shape)
     return lambda: np.stack([slice_piece(values[p.name], p) for p in parameter.pieces]).reshape(parameter.shape)
 
 

@@ -16,6 +16,7 @@ from .heads import HeadExchange, HeadsLayer
 from .layer import LayerStats, MoELayer
 from .routing.base import Memo, Router, State, Tokens, times
 from .routing.losses import combine_layers, loss_coefficients
+from .tensor_parallel import part_of_attention, share_of_loss, split_attention, split_mlp, summed_over_tensor
 from .transformer import (
     Declare,
     Params,
@@ -60,6 +61,7 @@ class Model:
     routers: Mapping[int, Router] = field(default_factory=dict)
     heads: HeadExchange | None = None
     layers: Mapping[int, MoELayer | HeadsLayer] = field(default_factory=dict)
+    share_of_loss: float = 1.0
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -95,6 +97,7 @@ class Model:
         coefficients = loss_coefficients(self.config.moe, step)
         for name, value in auxiliary.items():
             loss = loss + times(self.ops, value, coefficients.get(name, 1.0))
+        loss = times(self.ops, loss, self.share_of_loss)
         return loss, StepOutput(
             self.ops.stop_gradient(cross_entropy),
             {name: self.ops.stop_gradient(value) for name, value in auxiliary.items()},
@@ -150,7 +153,10 @@ def build_model(config: Config, runtime: Runtime) -> Model:
     routers = {i: layer.router for i, layer in layers.items()}
     components = (_build_vocabulary(config, runtime), *blocks)
     heads = next((layer.exchange for layer in layers.values() if isinstance(layer, HeadsLayer)), None)
-    return Model(config, runtime.ops, components, moe_layers, loss_coefficients(config.moe), routers, heads, layers)
+    share = share_of_loss(runtime.groups["tensor"])
+    return Model(
+        config, runtime.ops, components, moe_layers, loss_coefficients(config.moe), routers, heads, layers, share
+    )
 
 
 def _build_vocabulary(config: Config, runtime: Runtime) -> Component:
@@ -184,19 +190,24 @@ def _build_block(config: Config, runtime: Runtime, index: int, parts: LayerParts
     prefix = f"layers.{index}."
     declare = Declare(prefix + "attention.", config.train.seed)
     norms = Declare(prefix, config.train.seed)
-    parameters = [*attention_parameters(model, declare), norms.norm("norm_1", model.hidden_size)]
+    tensor, comm = runtime.groups["tensor"], runtime.comm
+    own_heads = part_of_attention(model, tensor)
+    parameters = split_attention(attention_parameters(model, declare), tensor)
+    parameters.append(norms.norm("norm_1", model.hidden_size))
     parameters.append(norms.norm("norm_2", model.hidden_size))
     parameters += parts.parameters if isinstance(parts, LayerParts) else parts
 
     def forward(params: Params, x_SLD: Array, inputs: Inputs, memo: Memo) -> tuple[Array, Mapping[str, Array], Any]:
         p = scoped(params, prefix)
         a_SLD = ops.rms_norm(x_SLD, p["norm_1"], model.norm_eps)
-        x_SLD = x_SLD + attention(ops, model, scoped(p, "attention."), a_SLD, inputs.rotary, inputs.allowed)
+        heads_SLD = attention(ops, own_heads, scoped(p, "attention."), a_SLD, inputs.rotary, inputs.allowed)
+        x_SLD = x_SLD + summed_over_tensor(comm, tensor, heads_SLD)
         x_TD = ops.rms_norm(x_SLD, p["norm_2"], model.norm_eps).reshape((-1, model.hidden_size))
         if isinstance(parts, LayerParts):
             out = parts.layer(scoped(p, "moe."), x_TD, inputs.tokens, memo)
             return x_SLD + out.y.reshape(x_SLD.shape), out.losses, out.stats
-        y_TD = mlp(ops, model.dense_activation, p["mlp.w_up"], p["mlp.w_down"], x_TD)
+        part_TD = mlp(ops, model.dense_activation, p["mlp.w_up"], p["mlp.w_down"], x_TD)
+        y_TD = summed_over_tensor(comm, tensor, part_TD)
         return x_SLD + y_TD.reshape(x_SLD.shape), {}, None
 
     return Component(f"layers.{index}", tuple(parameters), forward)
@@ -211,4 +222,6 @@ def _feed_forward(config: Config, runtime: Runtime, index: int, is_moe: bool) ->
         return build_layer(config.moe, config.parallel, runtime, spec)
     hidden = model.dense_hidden_size or config.moe.expert_hidden_size * config.moe.top_k
     stds = (model.init_std, output_std(model))
-    return mlp_parameters("w", model.hidden_size, hidden, model.dense_activation, stds, Declare(prefix + "mlp.", seed))
+    declare = Declare(prefix + "mlp.", seed)
+    made = mlp_parameters("w", model.hidden_size, hidden, model.dense_activation, stds, declare)
+    return split_mlp(made, runtime.groups["tensor"], model.dense_activation)

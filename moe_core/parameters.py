@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..backends.protocol import Piece
+
 ROW_BLOCK = 64
 """Rows of a matrix that one generator draws."""
 
@@ -43,3 +45,19 @@ def draw_experts(
         return np.stack([draw(seed, name, shape, init, expert=int(e)) for e in experts])
 
     return initial
+
+
+def take_part(whole: np.ndarray, piece: Piece) -> np.ndarray:
+    """The elements that a piece with an axis names."""
+    assert piece.axis is not None
+    assert piece.stop is not None
+    run = whole.shape[piece.axis] // piece.blocks
+    inside = np.arange(piece.start, piece.stop)
+    index = (np.arange(piece.blocks)[:, None] * run + inside).reshape(-1)
+    return np.take(whole, index, piece.axis)
+
+
+def join_parts(parts: list[np.ndarray], axis: int, blocks: int) -> np.ndarray:
+    """The whole from all its parts in order: the inverse of `take_part`."""
+    runs = [np.split(part, blocks, axis) for part in parts]
+    return np.concatenate([run[b] for b in range(blocks) for run in runs], axis)
