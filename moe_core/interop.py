@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.protocol import Array, Component, LayerModule
+from ..backends.protocol import Array, Component, Launch, LayerModule
 from ..backends.registry import Backend, load, read_launch
 from .build import LayerSpec, build_layer, make_runtime
 from .config import ClusterConfig, MoeConfig, ParallelConfig
@@ -28,6 +28,7 @@ def build_moe_layer(
     backend: Backend | str | None = None,
     *,
     hidden_size: int,
+    launch: Launch | None = None,
     name: str = "moe",
     seed: int = 0,
     as_tensor: bool = False,
@@ -36,12 +37,13 @@ def build_moe_layer(
 
     x: (T, D), or (S, L, D) where each of the S sequences has its own balance loss; real: boolean, False on
     padding. y has the shape of x; losses are means over this rank's tokens, before coefficients. as_tensor: only y.
-    mesh: data x expert (x tensor) ranks; None: all ranks share the experts. A process group that exists is used.
+    mesh: data x expert (x tensor) ranks; None: all ranks share the experts. A process group that exists is
+    used; launch: who this process is (None: as the launcher's variables say).
     """
     moe = moe if isinstance(moe, MoeConfig) else MoeConfig.model_validate(moe)
     parallel = parallel if isinstance(parallel, ParallelConfig) else ParallelConfig.model_validate(parallel or {})
     home = backend if isinstance(backend, Backend) else load(backend)
-    launch = read_launch()
+    launch = launch or read_launch()
     comm = home.comm.connect(launch)
     cluster = cluster_of_launch(launch, ClusterConfig())
     runtime = make_runtime(home.ops, comm, mesh or Mesh.over(comm.size, expert=comm.size), parallel, cluster)
