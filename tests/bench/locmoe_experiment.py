@@ -1,11 +1,11 @@
 """Does LocMoE work? Loss against share of rows that stay on their node, for routers, coefficients and assignments.
 
-    python tests/bench/locmoe_experiment.py run OUT [--minutes 60]      trains the cells that OUT lacks, most telling first
-    python tests/bench/locmoe_experiment.py report OUT docs/locmoe.md   table, and the front as docs/locmoe_front.svg
+    python tests/bench/locmoe_experiment.py run OUT [--minutes 60]     trains the cells that OUT lacks, telling ones first
+    python tests/bench/locmoe_experiment.py report OUT docs/locmoe.md  table, and the front as docs/locmoe_front.svg
 
-One process stands for all ranks: nodes are virtual (runs of the global batch) and losses do not depend on the layout, so
-ids, losses and rows between nodes are those of 2 nodes x 2 ranks. A cell is one training run; runs of one seed share data
-and first values, so that differences are paired.
+One process stands for all ranks: nodes are virtual (runs of the global batch) and losses do not depend on the layout,
+so ids, losses and rows between nodes are those of 2 nodes x 2 ranks. A cell is one training run; runs of one seed
+share data and first values, so that differences are paired.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def train(cell: Cell) -> dict[str, Any]:
     """The figures of one cell."""
     began, run = time.process_time(), Run(cell)
     seen = [run.step(step) for step in range(cell.steps)][-LAST:]
-    layers = [{n: sum(s[i][n] for s in seen) for n in seen[0][i]} for i in range(len(seen[0]))]
+    layers = [{n: np.sum([s[i][n] for s in seen], 0) for n in seen[0][i]} for i in range(len(seen[0]))]
     chosen = np.array([layer["chosen_E"] for layer in layers], np.float64)
     kept = np.array([layer["kept_E"].sum() for layer in layers], np.float64)
     crossing = sum(layer[NODE_ROWS].sum() - np.trace(layer[NODE_ROWS].reshape(NODES, NODES)) for layer in layers)
@@ -257,8 +257,8 @@ def table(found: Sequence[Line]) -> list[str]:
         spread = "-" if math.isnan(line.spread) else f"{line.spread:.2f}"
         name = f"**{line.setting}**" if line in best else line.setting
         rows.append(
-            f"| {name} | {len(line.results)} | {line.mean('validation_loss'):.4f} | {line.difference:+.2f} | {spread} | "
-            f"{line.local:.3f} | {layers} | {line.mean('rows_crossing_per_token'):.3f} | "
+            f"| {name} | {len(line.results)} | {line.mean('validation_loss'):.4f} | {line.difference:+.2f} | "
+            f"{spread} | {line.local:.3f} | {layers} | {line.mean('rows_crossing_per_token'):.3f} | "
             f"{line.mean('load_max_over_mean'):.2f} | {100 * line.mean('drop_rate'):.1f} |"
         )
     return rows
@@ -308,7 +308,10 @@ def router_times() -> list[str]:
     return [f"| {r['router']} | {r['milliseconds']:.2f} | {r['baseline_milliseconds']:.2f} |" for r in rows]
 
 
-HEAD = "| setting | seeds | validation loss | difference, % | spread | local | by layer | rows crossing | max/mean | dropped, % |"
+HEAD = (
+    "| setting | seeds | validation loss | difference, % | spread | local | by layer | rows crossing | max/mean "
+    "| dropped, % |"
+)
 
 
 def report(out: Path, page: Path) -> None:
