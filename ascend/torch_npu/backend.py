@@ -1,0 +1,50 @@
+"""Backend `ascend-torch`: torch-npu on NPUs, HCCL as transport."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import importlib.metadata
+from typing import Any
+
+DEVICE_NODES = "/dev/davinci[0-9]*"
+
+
+def probe() -> tuple[bool, str, dict[str, str]]:
+    """(available, reason, versions); imports torch-npu only where a device node exists."""
+    found: dict[str, str] = {}
+    for package in ("torch", "torch_npu", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return False, f"{package} is not installed", found
+    if not glob.glob(DEVICE_NODES):
+        return False, f"no Ascend NPU on this machine ({DEVICE_NODES} does not exist)", found
+    try:
+        count = device_count()
+    except Exception as error:  # whatever its libraries raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return False, f"torch-npu does not load; install CANN and source its set_env.sh ({first})", found
+    return (True, f"{count} Ascend NPUs", found) if count else (False, "torch-npu sees no NPU", found)
+
+
+def device_count() -> int:
+    """NPUs that this process may use."""
+    return int(_load().npu.device_count())
+
+
+def _load() -> Any:
+    """torch with the device `npu`; its kernels in the deterministic form, which must be chosen before the first."""
+    torch: Any = importlib.import_module("torch")
+    importlib.import_module("torch_npu")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch
+
+
+def __getattr__(name: str) -> Any:
+    """The parts, imported when first asked for: `probe` must work where torch-npu is absent."""
+    if name not in ("ops", "comm", "trainer"):
+        raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    _load()
+    part: Any = importlib.import_module(f".{name}", __package__)
+    return part.make() if name == "trainer" else part
