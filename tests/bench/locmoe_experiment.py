@@ -1,6 +1,6 @@
 """Does LocMoE work? Loss against share of rows that stay on their node, for routers, coefficients and assignments.
 
-    python tests/bench/locmoe_experiment.py run OUT [--minutes 60]     trains the cells that OUT lacks, telling ones first
+    python tests/bench/locmoe_experiment.py run OUT [--minutes 60]     trains the cells that OUT lacks, best first
     python tests/bench/locmoe_experiment.py report OUT docs/locmoe.md  table, and the front as docs/locmoe_front.svg
 
 One process stands for all ranks: nodes are virtual (runs of the global batch) and losses do not depend on the layout,
