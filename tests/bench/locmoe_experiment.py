@@ -50,7 +50,7 @@ class Cell:
     gradient: str = "model"
     scope: str = "node"
     seed: int = 0
-    steps: int = 500
+    steps: int = 800
     more: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
@@ -96,8 +96,8 @@ def cells() -> Iterator[Cell]:
             yield Cell("hierarchical", seed=seed, more=(("num_groups", NODES), ("inner_router", "random")))
             yield Cell(mu=0.2, ramp=0.3, seed=seed)
     for seed in range(2):
-        yield Cell(seed=seed, steps=1500)
-        yield Cell(mu=0.1, ramp=0.3, seed=seed, steps=1500)
+        yield Cell(seed=seed, steps=2400)
+        yield Cell(mu=0.1, ramp=0.3, seed=seed, steps=2400)
     for seed in range(3, 5):
         yield Cell(mu=0.1, assignment="by_affinity", ramp=0.3, seed=seed)
         yield Cell("grap", mu=0.1, ramp=0.3, seed=seed, more=GRAP)
@@ -105,21 +105,21 @@ def cells() -> Iterator[Cell]:
 
 
 def config_of(cell: Cell) -> Config:
-    """The quick-start's layers in three blocks, half its sequence length."""
+    """A quarter of the quick-start: three blocks of width 64, sequences of 64 bytes."""
     start = round(cell.ramp * cell.steps)
     moe = {
-        "num_experts": EXPERTS, "top_k": cell.top_k, "expert_hidden_size": 256, "router": cell.router,
+        "num_experts": EXPERTS, "top_k": cell.top_k, "expert_hidden_size": 128, "router": cell.router,
         "aux_loss_coeff": 0.01, "z_loss_coeff": 0.001, "locality_nodes": NODES, "locality_loss_coeff": cell.mu,
         "locality_gradient": cell.gradient, "locality_scope": cell.scope, "locality_start_step": start,
         "locality_ramp_steps": start // 3, **dict(cell.more),
     }  # fmt: skip
     model = {
-        "vocab_size": 257, "hidden_size": 128, "num_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 257, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "tie_embeddings": True,
     }  # fmt: skip
     train = {
-        "steps": cell.steps, "seed": cell.seed, "global_batch_size": 16, "sequence_length": 128, "learning_rate": 2e-3,
-        "min_learning_rate": 2e-4, "warmup_steps": 20,
+        "steps": cell.steps, "seed": cell.seed, "global_batch_size": 16, "sequence_length": 64, "learning_rate": 3e-3,
+        "min_learning_rate": 3e-4, "warmup_steps": 40,
     }  # fmt: skip
     return Config.model_validate({"model": model, "moe": moe, "train": train})
 
@@ -174,10 +174,10 @@ def train(cell: Cell) -> dict[str, Any]:
     return {
         **asdict(cell),
         "setting": cell.setting,
-        "validation_loss": run.validate(40),
+        "validation_loss": run.validate(64),
         "local_share": [local_share(layer) for layer in layers],
         "load_max_over_mean": float((chosen.max(1) / chosen.mean(1)).mean()),
-        "rows_crossing_per_token": float(crossing / (LAST * len(layers) * 16 * 128)),
+        "rows_crossing_per_token": float(crossing / (LAST * len(layers) * 16 * 64)),
         "drop_rate": float(1 - kept.sum() / chosen.sum()),
         "cpu_seconds": time.process_time() - began,
     }
@@ -304,7 +304,7 @@ def router_times() -> list[str]:
         Case("hierarchical", EXPERTS, {"num_groups": 2}),
         Case("expert_token_resonance", EXPERTS, {"capacity_factor": "1.25"}),
     ]  # fmt: skip
-    rows = bench_router(load("cpu"), shape, tokens=2048, hidden_size=128, repeats=21)["rows"]
+    rows = bench_router(load("cpu"), shape, tokens=1024, hidden_size=64, repeats=21)["rows"]
     return [f"| {r['router']} | {r['milliseconds']:.2f} | {r['baseline_milliseconds']:.2f} |" for r in rows]
 
 

@@ -125,7 +125,7 @@ def test_recomputed_pooled_losses_meet_again_in_backward() -> None:
 def test_losses_enter_with_their_coefficients() -> None:
     plain = trained(config(router="topk"), 1)[0]
     off = {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0, "entropy_loss_coeff": 0.0, "locality_loss_coeff": 0.0}
-    cross_entropy = trained(config(router="topk", **off), 1)[0]
+    cross_entropy = trained(config(**{"router": "topk", **off}), 1)[0]
     later = trained(config(router="topk", locality_start_step=4), 1)[0]
     without = trained(config(router="topk", locality_loss_coeff=0.0), 1)[0]
     assert plain > without > cross_entropy
