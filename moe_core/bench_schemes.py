@@ -15,22 +15,25 @@ import numpy as np
 
 from ..backends.protocol import Communicator, Component, Launch, TrainOptions
 from ..backends.registry import Backend
+from .bench_figures import figures, own_figures, predicted_seconds
 from .build import LayerParts, LayerSpec, Runtime, build_layer, make_runtime
 from .combinations import mesh_of
 from .config import ClusterConfig, Config
 from .layer import LayerStats, MoELayer, MoEOutput
 from .mesh import Mesh
 from .placement import placed_layers
+from .plan import Plan
 from .planners.static import owners, plan_static, slot_table
 from .routing.base import Memo, Tokens
 from .swapping import Swapper, swap_policy
 from .synthetic import ScriptedRouter, Skew, choose
-from .topology import Topology, cluster_of_launch
+from .topology import cluster_of_launch
 from .transformer import scoped
-from .transport.depth import level_units
 from .transport.hierarchical import BYTES
 
 PREFIX = "layers.0.moe."
+OverRanks = Callable[[np.ndarray], np.ndarray]
+"""Own numbers -> those of all ranks, (ranks, ...)."""
 SWAP_STEPS = 24
 """Steps of a warm-up in which experts may swap; they stop earlier when no pair is worth it."""
 
@@ -157,7 +160,8 @@ def _swapper(config: Config, runtime: Runtime, load: Load, parts: LayerParts) ->
     row_bytes = load.hidden_size * BYTES[load.dtype]
     policy = swap_policy(config.parallel.swap, runtime.topology, depth, row_bytes, 0.0)
     layers = placed_layers({0: parts.layer}, {p.name: p for p in parts.parameters})
-    return Swapper(runtime.ops, runtime.comm, runtime.groups["expert"], runtime.groups["world"], policy, layers)
+    groups, copies = runtime.groups, runtime.mesh.tensor
+    return Swapper(runtime.ops, runtime.comm, groups["expert"], groups["world"], policy, layers, copies)
 
 
 # --- one cell ----------------------------------------------------------------------------------
@@ -169,11 +173,17 @@ def _measure(made: Sequence[Contender], load: Load, backend: Backend, comm: Comm
         for contender in made:
             _step(contender, backend, comm)
     results = []
+
+    def over_ranks(own: np.ndarray) -> np.ndarray:
+        return comm.gather_to_host(own, world)
+
     for contender in made:
         times = np.array([contender.seconds[k] for k in ("layer", "step", "transport")])
-        slowest = comm.gather_to_host(times, world).max(0)
-        peak = int(comm.gather_to_host(np.array([peaks[contender.name]]), world).max())
-        results.append(_row(contender, load, 1e3 * np.median(slowest, 1), peak))
+        slowest = over_ranks(times).max(0)
+        peak = int(over_ranks(np.array([peaks[contender.name]])).max())
+        results.append(
+            _row(contender, load, 1e3 * np.median(slowest, 1), peak, lambda x: comm.gather_to_host(x, world))
+        )
     return results
 
 
@@ -231,7 +241,13 @@ class _Clock:
         return time.perf_counter() - self._began
 
 
-def _row(contender: Contender, load: Load, milliseconds: np.ndarray, peak: int) -> dict[str, Any]:
+def _row(
+    contender: Contender,
+    load: Load,
+    milliseconds: np.ndarray,
+    peak: int,
+    over_ranks: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, Any]:
     stats, runtime, config = contender.stats, contender.runtime, contender.config
     assert stats is not None
     row = {
@@ -246,70 +262,25 @@ def _row(contender: Contender, load: Load, milliseconds: np.ndarray, peak: int) 
         "swaps": contender.swaps,
         "depth": len(stats.exchange.traffic),
     }
-    if stats.plan is None or runtime.topology is None:
+    topology = runtime.topology
+    if stats.plan is None or topology is None:
         return {**row, "bytes_per_level": {}, "rows_crossing_nodes": 0, "predicted_ceiling": 1.0}
-    flat = flat_figures(stats, runtime.topology, config.moe.num_experts, load, contender, runtime)
-    return {**row, **figures(stats, runtime.topology, load.hidden_size * BYTES[load.dtype], flat)}
-
-
-@dataclass(frozen=True)
-class Flat:
-    """What plain expert parallelism moves for the same choices: rows out of their node, rows of the busiest rank."""
-
-    crossing: int
-    busiest: int
-
-
-def flat_figures(
-    stats: LayerStats, topology: Topology, num_experts: int, load: Load, contender: Contender, runtime: Runtime
-) -> Flat:
-    """One row per (token, expert), owners as at the start: no collective, every rank knows all sources' choices."""
-    ranks = topology.ranks
-    top_k = contender.config.moe.top_k
-    first = runtime.mesh.coordinate(runtime.comm.rank, "data") * ranks
-    ids = [choose(load.skew, num_experts, load.tokens, top_k, load.seed + 1000 * (first + r)) for r in range(ranks)]
-    counts = np.stack([np.bincount(i.reshape(-1), minlength=num_experts) for i in ids])
-    plan = plan_static(counts, slot_table(owners(num_experts, ranks), ranks))
-    outermost = topology.levels[0].name
-    return Flat(topology.bytes_by_level(plan.send_matrix())[outermost], int(plan.rows_per_rank().max()))
-
-
-def figures(stats: LayerStats, topology: Topology, row_bytes: int, flat: Flat) -> dict[str, Any]:
-    """Bytes by level (dispatch and combine, all ranks), rows between nodes, and ceilings against plain EP.
-
-    predicted_ceiling: the most that time can fall by, if only bytes between nodes cost (rows of the busiest rank,
-    where there is one node). predicted_milliseconds: of dispatch and combine, by the cluster's fitted lines.
-    """
-    assert stats.plan is not None
-    bytes_per_level: dict[str, int] = {}
-    crossing, outermost = 0, topology.levels[0].name
-    for traffic in stats.exchange.traffic:
-        out, back = topology.bytes_by_level(traffic.sent), topology.bytes_by_level(traffic.returned)
-        bytes_per_level = {name: bytes_per_level.get(name, 0) + out[name] + back[name] for name in out}
-        crossing += back[outermost] // row_bytes
-    bytes_ceiling = 2 * flat.crossing * row_bytes / max(1, bytes_per_level.get(outermost, 0))
-    rows_ceiling = flat.busiest / max(1, int(stats.plan.rows_per_rank().max()))
+    row_bytes = load.hidden_size * BYTES[load.dtype]
+    mine = own_figures(stats, topology, runtime.groups["expert"].index, row_bytes, _flat_plan(contender, load))
     return {
-        "bytes_per_level": bytes_per_level,
-        "rows_crossing_nodes": crossing,
-        "predicted_ceiling": round(bytes_ceiling if topology.depth > 1 else rows_ceiling, 3),
-        "busiest_rank_rows": int(stats.plan.rows_per_rank().max()),
-        "rows_ceiling": round(rows_ceiling, 3),
+        **row,
+        **figures(over_ranks(mine), topology, row_bytes),
         "predicted_milliseconds": round(1e3 * predicted_seconds(stats, topology), 3),
     }
 
 
-def predicted_seconds(stats: LayerStats, topology: Topology) -> float:
-    """Dispatch and combine by the lines of the topology (HierMoE eq. 1 to 5): parts x the largest block, per stage.
-
-    Metadata that travels apart from rows is in the bytes; its latency counts as another alpha.
-    """
-    depth, total = len(stats.exchange.traffic), 0.0
-    units = level_units(topology)
-    for number, traffic in enumerate(stats.exchange.traffic, 1):
-        link = topology.link(number, depth)
-        fan = topology.ranks // units[number - 1] if number == depth else units[number] // units[number - 1]
-        apart = traffic.rows is not None
-        total += link.seconds(fan * float(traffic.sent.max(initial=0))) + (link.alpha if apart else 0.0)
-        total += link.seconds(fan * float(traffic.returned.max(initial=0)))
-    return total
+def _flat_plan(contender: Contender, load: Load) -> Plan:
+    """Plain expert parallelism for the choices of this rank's expert group, owners as at the start. No collective."""
+    runtime, moe = contender.runtime, contender.config.moe
+    ranks = runtime.groups["expert"].size
+    first = runtime.mesh.coordinate(runtime.comm.rank, "data") * ranks
+    counts = np.zeros((ranks, moe.num_experts), np.int64)
+    for r in range(ranks):
+        ids = choose(load.skew, moe.num_experts, load.tokens, moe.top_k, load.seed + 1000 * (first + r))
+        counts[r] = np.bincount(ids.reshape(-1), minlength=moe.num_experts)
+    return plan_static(counts, slot_table(owners(moe.num_experts, ranks), ranks))

@@ -23,7 +23,7 @@ from .combinations import ConfigError
 _PREFIX = "twinmoe"
 _NETWORK = "10.77.0"
 _LINK = "net0"
-_BURST, _LATENCY = "32kb", "50ms"
+_BURST, _LATENCY = "64kb", "1000ms"
 _ORDERLY = 5.0  # seconds that other ranks get once one has failed
 
 

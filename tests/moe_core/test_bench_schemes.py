@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from twinmoe.moe_core.bench_figures import figures, own_figures, predicted_seconds
 from twinmoe.moe_core.bench_job import Where
-from twinmoe.moe_core.bench_schemes import Flat, figures
 from twinmoe.moe_core.bench_schemes_request import SchemesRequest, mixed_models, run, scheme_config, table
 from twinmoe.moe_core.combinations import ConfigError
 from twinmoe.moe_core.layer import LayerStats
@@ -20,19 +20,20 @@ TOPOLOGY = Topology(4, (Level("cluster", 1, Link(1.0, 1e-3)), Level("node", 2, L
 ROW = 8 * 6
 
 
-def stats_of(make: Any) -> LayerStats:
-    counts = counts_of(list(TABLE), 8)
-    plan = plan_static(counts, slot_table(owners(8, 4), 4))
+def figures_of(make: Any) -> dict[str, Any]:
+    plan = plan_static(counts_of(list(TABLE), 8), slot_table(owners(8, 4), 4))
     outcome = run_exchange(Problem(list(TABLE), plan), make)[0]
-    return LayerStats(None, None, plan, outcome.exchange)
+    stats = LayerStats(None, None, plan, outcome.exchange)
+    of_ranks = np.stack([own_figures(stats, TOPOLOGY, rank, ROW, plan) for rank in range(4)])
+    return {**figures(of_ranks, TOPOLOGY, ROW), "predicted": predicted_seconds(stats, TOPOLOGY)}
 
 
 def test_figures_of_the_sheets_table():
-    plain = figures(stats_of(flat), TOPOLOGY, ROW, Flat(20, 9))
-    assert (plain["rows_crossing_nodes"], plain["predicted_ceiling"]) == (20, 1.0)
+    plain = figures_of(flat)
+    assert (plain["rows_crossing_nodes"], plain["predicted_ceiling"], plain["busiest_rank_rows"]) == (20, 1.0, 9)
     assert plain["bytes_per_level"] == {"node": 2 * 4 * ROW, "cluster": 2 * 20 * ROW}
-    assert plain["predicted_milliseconds"] == pytest.approx(1e3 * 2 * (1.0 + 4 * 3 * ROW * 1e-3))
-    deep = figures(stats_of(hierarchical(TOPOLOGY, 2)), TOPOLOGY, ROW, Flat(20, 9))
+    assert plain["predicted"] == pytest.approx(2 * (1.0 + 4 * 3 * ROW * 1e-3))
+    deep = figures_of(hierarchical(TOPOLOGY, 2))
     assert deep["rows_crossing_nodes"] == 8
     metadata = 8 * 4 + 8
     assert deep["bytes_per_level"]["cluster"] == 2 * 8 * ROW + 8 * metadata

@@ -1,0 +1,71 @@
+"""Exact bytes and rows of a benchmarked layer, ceilings against plain expert parallelism, and modelled times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .layer import LayerStats
+from .plan import Plan
+from .topology import Topology
+from .transport.depth import level_units
+
+
+def own_figures(stats: LayerStats, topology: Topology, rank: int, row_bytes: int, flat: Plan) -> np.ndarray:
+    """What one rank sends and computes: bytes by level (dispatch and combine), rows and bytes out of its node, its
+    rows; the same of plain expert parallelism."""
+    assert stats.plan is not None
+    bytes_by_level = np.zeros(topology.depth)
+    back_out = 0.0
+    for traffic in stats.exchange.traffic:
+        back = _own(topology, traffic.returned, rank)
+        bytes_by_level += _own(topology, traffic.sent, rank) + back
+        back_out += back[0]
+    flat_out = 2 * _own(topology, flat.send_matrix() * row_bytes, rank)[0]
+    rows = float(stats.plan.rows_per_rank()[rank]), float(flat.rows_per_rank()[rank])
+    return np.array([*bytes_by_level, back_out / row_bytes, flat_out, *rows])
+
+
+def _own(topology: Topology, sent_RR: np.ndarray, rank: int) -> np.ndarray:
+    """Bytes that a rank sends, by level."""
+    only = np.zeros_like(sent_RR)
+    only[rank] = sent_RR[rank]
+    found = topology.bytes_by_level(only)
+    return np.array([found[level.name] for level in topology.levels], float)
+
+
+def figures(of_ranks: np.ndarray, topology: Topology, row_bytes: int) -> dict[str, Any]:
+    """Exact sums over ranks from their `own_figures`, and ceilings against plain expert parallelism.
+
+    predicted_ceiling: the most that time can fall by, if only bytes between nodes cost (rows of the busiest rank,
+    where there is one node).
+    """
+    total, busiest = of_ranks.sum(0), of_ranks.max(0)
+    depth = topology.depth
+    bytes_per_level = {level.name: int(total[i]) for i, level in enumerate(topology.levels)}
+    bytes_ceiling = total[depth + 1] / max(1.0, total[0])
+    rows_ceiling = busiest[depth + 3] / max(1.0, busiest[depth + 2])
+    return {
+        "bytes_per_level": bytes_per_level,
+        "rows_crossing_nodes": int(total[depth]) if depth > 1 else 0,
+        "predicted_ceiling": round(float(bytes_ceiling if depth > 1 else rows_ceiling), 3),
+        "busiest_rank_rows": int(busiest[depth + 2]),
+        "rows_ceiling": round(float(rows_ceiling), 3),
+    }
+
+
+def predicted_seconds(stats: LayerStats, topology: Topology) -> float:
+    """Dispatch and combine by the lines of the topology (HierMoE eq. 1 to 5): parts x the largest block, per stage.
+
+    Metadata that travels apart from rows is in the bytes; its latency counts as another alpha.
+    """
+    depth, total = len(stats.exchange.traffic), 0.0
+    units = level_units(topology)
+    for number, traffic in enumerate(stats.exchange.traffic, 1):
+        link = topology.link(number, depth)
+        fan = topology.ranks // units[number - 1] if number == depth else units[number] // units[number - 1]
+        apart = traffic.rows is not None
+        total += link.seconds(fan * float(traffic.sent.max(initial=0))) + (link.alpha if apart else 0.0)
+        total += link.seconds(fan * float(traffic.returned.max(initial=0)))
+    return total
