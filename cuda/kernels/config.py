@@ -37,12 +37,12 @@ class Schedule:
 
 
 HOPPER = Schedule(
-    up=Tile(128, 128, 64, 8, 3, pieces=2),
+    up=Tile(128, 128, 64, 8, 3, flatten=False),
     down=Tile(128, 256, 64, 8, 3, pieces=2),
-    act=Tile(128, 128, 64, 8, 3, pieces=4),
-    dx=Tile(128, 256, 64, 8, 3, pieces=2),
-    dw_up=Tile(128, 256, 64, 8, 5),
-    dw_down=Tile(256, 128, 64, 8, 5),
+    act=Tile(128, 256, 64, 8, 3, group=4, pieces=8),
+    dx=Tile(128, 256, 64, 8, 3, pieces=4),
+    dw_up=Tile(128, 256, 64, 8, 5, flatten=False),
+    dw_down=Tile(256, 128, 64, 8, 5, flatten=False),
 )
 AMPERE = Schedule(
     up=Tile(64, 64, 32, 8, 3, flatten=False),
