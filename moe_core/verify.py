@@ -107,7 +107,8 @@ def make_case(
     except ConfigError:
         return None
     case = Case(config, parallel, expert=expert, head=head, routing=routing, recompute=recompute, micro_batches=micro)
-    case = replace(case, dtype=dtype, optimizer="adamw")  # type: ignore[arg-type]
+    one_step = {"optimizer": "sgd", "steps": 1} if dtype == "bfloat16" else {}
+    case = replace(case, dtype=dtype, **one_step)  # type: ignore[arg-type]
     axes = {
         "router": config.router,
         "moe": moe,
