@@ -1,0 +1,25 @@
+"""Every transport over the collectives of real processes, on each framework."""
+
+from __future__ import annotations
+
+import pytest
+from twinmoe.testing.conftest import load_or_skip
+from twinmoe.testing.processes import run_processes
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.mark.parametrize("backend", ["cpu", "mindspore-cpu"])
+def test_layers_equal_the_oracle(backend: str):
+    load_or_skip(backend)
+    found = run_processes(4, "twinmoe.testing.moe_core.transport.process_cases:run", {"dtype": "float64"}, backend)
+    for name, (worst, where, zeros_ok) in found.items():
+        assert worst <= 1e-10, f"{name}: {where}"
+        assert zeros_ok, name
+
+
+def test_bfloat16_rows_with_float32_weights_stay_within_rounding():
+    found = run_processes(2, "twinmoe.testing.moe_core.transport.process_cases:narrow_rows", {})
+    y, d_x, d_weights = found["distances"]
+    assert max(y, d_x) < 2**-7
+    assert d_weights < 2**-7
