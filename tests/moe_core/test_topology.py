@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from twinmoe.backends.protocol import Launch
+from twinmoe.moe_core.compose import load_config
 from twinmoe.moe_core.config import ClusterConfig, LevelConfig
 from twinmoe.moe_core.mesh import Mesh
 from twinmoe.moe_core.topology import Level, Link, Topology, cluster_of_launch, flat_topology, topology_of
+from twinmoe.moe_core.transport.depth import usual_depth
 
 A6000 = ClusterConfig(
     name="test",
@@ -82,3 +84,11 @@ def test_a_launcher_tells_of_nodes_where_the_file_does_not():
 
 def test_a_link_is_a_line():
     assert Link(2.0, 0.5).seconds(10) == 7.0
+
+
+def test_the_packaged_a6000_cluster_chooses_three_stages_for_qwen3_as_the_sheet_does():
+    cluster = load_config({}, ["cluster=a6000_4x8"]).cluster
+    topology = topology_of(cluster, [list(range(32))])
+    assert topology.units == (1, 4, 8, 16)
+    assert usual_depth(topology, 128, 8, 1024, 4096) == 3
+    assert usual_depth(topology, 128, 2, 1024, 4096) == 1
