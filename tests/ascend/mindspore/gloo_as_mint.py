@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor, mint
 
 REAL: Any = mint.distributed
 
@@ -121,6 +121,4 @@ def lend(x: Tensor) -> torch.Tensor:
 
 def put(x: Tensor, value: torch.Tensor) -> None:
     if x.size:
-        ops.assign(x, Tensor.from_numpy(value.numpy())) if hasattr(x, "name") and x.name else x.copy_(
-            Tensor.from_numpy(value.numpy())
-        )
+        x.copy_(Tensor.from_numpy(value.numpy()))
