@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..protocol import Launch
-from . import ops
+from . import host_ops as ops
 from .comm import TorchCommunicator
 from .trainer import TorchTrainer
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..protocol import Communicator, Component, Group, Parameter, TrainOptions
+from ..protocol import Communicator, Component, DType, Group, Parameter, TrainOptions
 from .ops import cast, to_numpy
 
 _OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
@@ -24,10 +24,10 @@ _OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
 class FunctionModule(nn.Module):
     """A component as nn.Module: its parameters, registered, and its pure function as forward."""
 
-    def __init__(self, component: Component, master: torch.dtype, compute: str, device: torch.device) -> None:
+    def __init__(self, component: Component, master: torch.dtype, compute: DType, device: torch.device) -> None:
         super().__init__()
         self._function = component.forward
-        self._compute = compute
+        self._compute: DType = compute
         self._names = {p.name: p.name.replace(".", "__") for p in component.parameters}
         self._cast = {p.name for p in component.parameters if not p.master}
         for p in component.parameters:
@@ -75,7 +75,9 @@ class TorchTrainer:
         optimizer = self._optimizer(specs, values, options, bool(sharded))
         return TorchState(modules, specs, groups, comm, sharded, optimizer, values)
 
-    def _shard(self, modules: Mapping[str, FunctionModule], specs: dict[str, Parameter], world: Group) -> frozenset[str]:
+    def _shard(
+        self, modules: Mapping[str, FunctionModule], specs: dict[str, Parameter], world: Group
+    ) -> frozenset[str]:
         """FSDP2 over the ranks that sum a dense gradient; what other groups reduce stays whole."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard

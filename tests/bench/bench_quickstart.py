@@ -70,15 +70,18 @@ def their_step(shape: Shape, values: Any, experts: str) -> Step:
     return step
 
 
-def in_turn(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, interleaved. AssertionError if losses part: then they do not compute the same."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def in_turn(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each step, (elapsed, of the processor), interleaved.
+
+    AssertionError if losses part: then the models do not compute the same.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for turn in range(rounds + WARM_UP):
         losses = {}
         for name, step in steps.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             losses[name] = step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start, time.process_time() - busy))
         spread = max(losses.values()) / min(losses.values()) - 1
         assert turn > 2 or spread < 1e-4, f"the models disagree in step {turn}: {losses}"
     return {name: values[WARM_UP:] for name, values in seconds.items()}
@@ -120,7 +123,8 @@ def measure(shape_name: str, rounds: int) -> list[dict[str, Any]]:
     values = ours.values()
     steps = {"twinmoe": step, **{name: their_step(shape, values, name) for name in EXPERTS}}
     seconds = in_turn(steps, rounds)
-    best = min(statistics.median(seconds[name]) for name in EXPERTS)
+    elapsed = {name: statistics.median(wall for wall, _ in taken) for name, taken in seconds.items()}
+    processor = {name: statistics.median(busy for _, busy in taken) for name, taken in seconds.items()}
     return [
         {
             "shape": shape_name,
@@ -128,10 +132,12 @@ def measure(shape_name: str, rounds: int) -> list[dict[str, Any]]:
             "top_k": shape.top_k,
             "parameters": sum(value.size for value in values.values()),
             "model": name,
-            "milliseconds": 1e3 * statistics.median(taken),
-            "least": 1e3 * min(taken),
-            "most": 1e3 * max(taken),
-            "speedup": best / statistics.median(taken),
+            "milliseconds": 1e3 * elapsed[name],
+            "least": 1e3 * min(wall for wall, _ in taken),
+            "most": 1e3 * max(wall for wall, _ in taken),
+            "processor_milliseconds": 1e3 * processor[name],
+            "speedup": min(elapsed[peer] for peer in EXPERTS) / elapsed[name],
+            "processor_speedup": min(processor[peer] for peer in EXPERTS) / processor[name],
             "peak_memory_bytes": memory(name, shape_name),
         }
         for name, taken in seconds.items()
@@ -141,8 +147,9 @@ def measure(shape_name: str, rounds: int) -> list[dict[str, Any]]:
 def show(row: dict[str, Any]) -> str:
     return (
         f"{row['experts']:3} experts top-{row['top_k']}  {row['parameters'] / 1e6:5.1f} M  {row['model']:10}"
-        f"{row['milliseconds']:8.1f} ms ({row['least']:.1f} to {row['most']:.1f})"
-        f"  {row['speedup']:5.2f} x the faster peer  {row['peak_memory_bytes'] / 2**20:7.1f} MiB"
+        f"{row['milliseconds']:8.1f} ms ({row['least']:.1f} to {row['most']:.1f}; "
+        f"{row['processor_milliseconds']:.1f} of the processor)  {row['speedup']:5.2f} x the faster peer "
+        f"({row['processor_speedup']:.2f})  {row['peak_memory_bytes'] / 2**20:7.1f} MiB"
     )
 
 

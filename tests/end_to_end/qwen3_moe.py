@@ -99,7 +99,7 @@ def build_qwen3(shape: Shape, values: Mapping[str, np.ndarray], experts: str) ->
     """transformers' model with our values. experts: `eager` or `grouped_mm`. ImportError without transformers."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    made: Any = Qwen3MoeConfig(
+    words: dict[str, Any] = dict(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
@@ -121,7 +121,7 @@ def build_qwen3(shape: Shape, values: Mapping[str, np.ndarray], experts: str) ->
         attn_implementation="sdpa",
         experts_implementation=experts,
     )
-    model = Qwen3MoeForCausalLM(made).train()
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**words)).train()
     theirs = dict(model.named_parameters())
     pairs = dict(names(shape))
     assert set(pairs.values()) == set(theirs), "every parameter has its counterpart"

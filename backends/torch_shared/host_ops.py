@@ -1,0 +1,72 @@
+"""`ops` of `cpu`: plain torch, with what is faster or smaller where the host is the device."""
+
+from __future__ import annotations
+
+from .host_experts import expert_mlp
+from .host_norm import rms_norm
+from .host_products import grouped_matmul
+from .host_rows import combine_rows, take_rows
+from .ops import (
+    argsort,
+    asarray,
+    attention,
+    cast,
+    checkpoint,
+    concat,
+    count,
+    cross_entropy,
+    dtype_of,
+    exp,
+    invert,
+    log,
+    logsumexp,
+    plain_topk,
+    relu,
+    router_topk,
+    sigmoid,
+    softmax,
+    split,
+    sqrt,
+    stop_gradient,
+    sum_rows,
+    take_along,
+    to_numpy,
+    topk,
+    transpose,
+    where,
+)
+
+__all__ = [
+    "argsort",
+    "asarray",
+    "attention",
+    "cast",
+    "checkpoint",
+    "combine_rows",
+    "concat",
+    "count",
+    "cross_entropy",
+    "dtype_of",
+    "exp",
+    "expert_mlp",
+    "grouped_matmul",
+    "invert",
+    "log",
+    "logsumexp",
+    "plain_topk",
+    "relu",
+    "rms_norm",
+    "router_topk",
+    "sigmoid",
+    "softmax",
+    "split",
+    "sqrt",
+    "stop_gradient",
+    "sum_rows",
+    "take_along",
+    "take_rows",
+    "to_numpy",
+    "topk",
+    "transpose",
+    "where",
+]
