@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .host_products import outer_products, products, run_sizes
+from .host_products import outer_products, products, runs_of
 from .host_rows import row_blocks
 
 _aten: Any = torch.ops.aten
@@ -19,22 +19,22 @@ class _ExpertMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_up: Tensor, w_down: Tensor, counts_G: Tensor, activation: str) -> Tensor:
-        sizes = run_sizes(counts_G, x.shape[0])
-        up = products(x, w_up, sizes)
+        runs = runs_of(x, w_up, counts_G)
+        up = products(x, w_up, runs)
         ctx.save_for_backward(x, w_up, w_down, up)
-        ctx.sizes, ctx.activation = sizes, activation
-        return products(_activate(up, activation), w_down, sizes)
+        ctx.runs, ctx.activation = runs, activation
+        return products(_activate(up, activation), w_down, runs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, w_up, w_down, up = ctx.saved_tensors
-        sizes, d_y = ctx.sizes, grads[0]
-        d_act = products(d_y, w_down.transpose(1, 2), sizes)
+        runs, d_y = ctx.runs, grads[0]
+        d_act = products(d_y, w_down.transpose(1, 2), runs)
         act, d_up = _activation_gradient(up, d_act, ctx.activation)
-        d_down = outer_products(act, d_y, sizes, w_down)
+        d_down = outer_products(act, d_y, runs, w_down)
         del act, d_act
-        d_x = products(d_up, w_up.transpose(1, 2), sizes)
-        return d_x, outer_products(x, d_up, sizes, w_up), d_down, None, None
+        d_x = products(d_up, w_up.transpose(1, 2), runs)
+        return d_x, outer_products(x, d_up, runs, w_up), d_down, None, None
 
 
 def expert_mlp(x_ND: Tensor, w_up: Tensor, w_down: Tensor, counts_G: Tensor, activation: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..protocol import Communicator, Component, DType, Group, Parameter, TrainOptions
 from .ops import cast, to_numpy
 
+_BLOCK = 1024
 _OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -139,8 +140,7 @@ class TorchTrainer:
                 continue
             grad = local(value.grad)
             where = "world" if name in state.sharded else state.specs[name].norm_over
-            # squares in float64: a float32 sum over millions of entries loses digits that clipping would show
-            square = torch.linalg.vector_norm(grad, dtype=torch.float64 if grad.device.type == "cpu" else None) ** 2
+            square = _sum_of_squares(grad)
             squares[where] = squares.get(where, torch.zeros((), device=grad.device)) + square
         total = 0.0
         for where in [None, *sorted(state.groups)]:
@@ -215,6 +215,17 @@ def reduce_flat(grads: list[Tensor], comm: Communicator, group: Group) -> None:
     flat = comm.all_reduce(flat, group)
     for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+def _sum_of_squares(grad: Tensor) -> Tensor:
+    """On the host in float64 over blocks: float32 over millions of entries loses digits that clipping would show."""
+    if grad.device.type != "cpu":
+        return torch.linalg.vector_norm(grad) ** 2
+    flat = grad.reshape(-1)
+    whole = flat.shape[0] // _BLOCK * _BLOCK
+    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
+    return norms.double().square().sum() + rest.square()
 
 
 def local(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from twinmoe.backends.torch_shared import host_ops, host_products, ops
-from twinmoe.backends.torch_shared.host_products import MOST, STEP, outer_products, products
+from twinmoe.backends.torch_shared.host_products import MOST, STEP, outer_products, products, runs_of
 
 D, F = 48, 40
 SIZES = st.lists(st.sampled_from([0, 1, 24, 25, 63, 64, 65, 88, 89, 128, 200, 511, 512, 513, 540, 1100]), max_size=5)
@@ -39,7 +39,8 @@ def test_runs_of_any_length_are_multiplied_by_their_own_matrix(sizes: list[int],
     sizes, rows = [*sizes, rest], sum(sizes) + rest
     x, d, w = normal(rows, D), normal(rows, F), normal(len(sizes) - 1, D, F)
     starts = np.cumsum([0, *sizes])
-    y, d_x, d_w = products(x, w, sizes), products(d, w.transpose(1, 2), sizes), outer_products(x, d, sizes, w)
+    runs = runs_of(x, w, torch.tensor(sizes[:-1], dtype=torch.int64))
+    y, d_x, d_w = products(x, w, runs), products(d, w.transpose(1, 2), runs), outer_products(x, d, runs, w)
     for g in range(len(w)):
         run = slice(int(starts[g]), int(starts[g + 1]))
         assert worst(y[run], x[run].double() @ w[g].double()) < 1e-6
@@ -50,27 +51,29 @@ def test_runs_of_any_length_are_multiplied_by_their_own_matrix(sizes: list[int],
 
 @pytest.mark.usefixtures("library")
 def test_nan_of_a_neighbouring_run_stays_there() -> None:
-    x, sizes = normal(200, D), [50, 100, 50, 0]
+    x, w = normal(200, D), normal(3, D, F)
     x[50:150] = torch.nan
-    y = products(x, normal(3, D, F), sizes)
+    runs = runs_of(x, w, torch.tensor([50, 100, 50]))
+    y = products(x, w, runs)
     assert y[:50].isfinite().all()
     assert y[150:].isfinite().all()
-    assert outer_products(x, normal(200, F), sizes, normal(3, D, F))[[0, 2]].isfinite().all()
+    assert outer_products(x, normal(200, F), runs, w)[[0, 2]].isfinite().all()
 
 
 def test_one_dnn_sees_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[int, ...]] = set()
 
     def watched(a: Tensor, b: Tensor) -> Tensor:
-        seen.add((*a.shape, b.shape[1]))
-        return a @ b
+        seen.add((*a.shape, b.shape[0]))
+        return a @ b.t()
 
     monkeypatch.setattr(host_products, "one_dnn_is_faster", lambda: True)
     monkeypatch.setattr(host_products, "_one_dnn_product", watched)
     for rows in range(1, 1500, 7):
         x, d, w = normal(rows, D), normal(rows, F), normal(1, D, F)
-        products(x, w, [rows, 0])
-        outer_products(x, d, [rows, 0], w)
+        runs = runs_of(x, w, torch.tensor([rows]))
+        products(x, w, runs)
+        outer_products(x, d, runs, w)
     assert 2 <= len(seen) <= 2 * MOST // STEP
 
 
