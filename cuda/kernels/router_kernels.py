@@ -1,0 +1,155 @@
+"""Routers whose scores stay on chip: products, selection and both gradients, a tile of experts at a time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.0e38)
+"""What NaN and minus infinity count as: above the minus infinity of what is already taken or absent."""
+
+
+@triton.jit
+def _scores(x_desc, w_desc, row, head, heads, column, D, TERMS: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
+            BK: tl.constexpr):  # fmt: skip
+    """x @ w of one tile, float32; w is the sum of TERMS arrays of x's dtype."""
+    acc = tl.zeros((BM, BE), tl.float32)
+    for k in tl.range(0, D // BK):
+        x = x_desc.load([row, head * D + k * BK])
+        for term in tl.static_range(TERMS):
+            # smallest terms first
+            w = w_desc.load([((TERMS - 1 - term) * heads + head) * D + k * BK, column])
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _best_groups(scores, GROUPS: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr):
+    """Minus infinity outside the KEEP groups whose two best scores have the largest sum (DeepSeek-V3, eq. 16)."""
+    width: tl.constexpr = BE // GROUPS
+    cube = scores.reshape(BM, GROUPS, width)
+    inside = tl.arange(0, width)[None, None, :]
+    first = tl.max(cube, axis=2)
+    place = tl.min(tl.where(cube == first[:, :, None], inside, width), axis=2)
+    value = first + tl.max(tl.where(inside == place[:, :, None], float("-inf"), cube), axis=2)
+    group = tl.arange(0, GROUPS)[None, :]
+    value = tl.maximum(value, LOWEST)
+    chosen = group < 0
+    for _ in tl.static_range(KEEP):
+        best = tl.max(value, axis=1)
+        taken = tl.min(tl.where(value == best[:, None], group, GROUPS), axis=1)
+        chosen = chosen | (group == taken[:, None])
+        value = tl.where(group == taken[:, None], float("-inf"), value)
+    return tl.where(chosen[:, :, None], cube, float("-inf")).reshape(BM, BE)
+
+
+@triton.jit
+def choose_kernel(
+    x_desc, w_desc, bias_ptr, logits_ptr, ids_ptr, N, heads, D, E,
+    K: tl.constexpr, SLOTS: tl.constexpr, TERMS: tl.constexpr, BIASED: tl.constexpr, SIGMOID: tl.constexpr,
+    GROUPS: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """ids and logits (N, heads, K) of the K best of f(x @ w) + bias, best first, ties to the lower id.
+
+    x_desc over (N, heads * D), box (BM, BK); w_desc over (TERMS * heads * D, >= E), box (BK, BE); bias (heads, E);
+    f is sigmoid or nothing. SLOTS: K rounded up to a power of two. GROUPS > 1 needs E == BE.
+    """
+    row, head = tl.program_id(0) * BM, tl.program_id(1)
+    slot = tl.arange(0, SLOTS)[None, :]
+    best = tl.full((BM, SLOTS), float("-inf"), tl.float32)
+    best_logit = tl.zeros((BM, SLOTS), tl.float32)
+    best_id = tl.zeros((BM, SLOTS), tl.int32)
+    for first in tl.range(0, E, BE):
+        logits = _scores(x_desc, w_desc, row, head, heads, first, D, TERMS, BM, BE, BK)
+        column = first + tl.arange(0, BE)
+        scores = tl.sigmoid(logits) if SIGMOID else logits
+        if BIASED:
+            scores += tl.load(bias_ptr + head * E + column, mask=column < E, other=0.0)[None, :]
+        scores = tl.where(scores > LOWEST, scores, LOWEST)
+        scores = tl.where((column < E)[None, :], scores, float("-inf"))
+        if GROUPS > 1:
+            scores = _best_groups(scores, GROUPS, KEEP, BM, BE)
+        new, new_logit, new_id = best, best_logit, best_id
+        for j in tl.static_range(K):
+            here, before = tl.max(scores, axis=1), tl.max(best, axis=1)
+            old = before >= here
+            there = tl.min(tl.where(scores == here[:, None], column[None, :], E), axis=1)
+            kept = tl.min(tl.where(best == before[:, None], slot, SLOTS), axis=1)
+            at, was = column[None, :] == there[:, None], slot == kept[:, None]
+            logit = tl.sum(tl.where(at, logits, 0.0), axis=1)
+            logit = tl.where(old, tl.sum(tl.where(was, best_logit, 0.0), axis=1), logit)
+            chosen = tl.where(old, tl.sum(tl.where(was, best_id, 0), axis=1), there)
+            write = slot == j
+            new = tl.where(write, tl.maximum(here, before)[:, None], new)
+            new_logit = tl.where(write, logit[:, None], new_logit)
+            new_id = tl.where(write, chosen[:, None], new_id)
+            scores = tl.where(at & ~old[:, None], float("-inf"), scores)
+            best = tl.where(was & old[:, None], float("-inf"), best)
+        best, best_logit, best_id = new, new_logit, new_id
+    rows = row + tl.arange(0, BM)
+    place = (rows.to(tl.int64)[:, None] * heads + head) * K + slot
+    mask = (rows < N)[:, None] & (slot < K)
+    tl.store(logits_ptr + place, best_logit, mask=mask)
+    tl.store(ids_ptr + place, best_id.to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _spread(ids_ptr, grad_ptr, rows, head, heads, column, N, K: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr):
+    """Gradient of the scores (ROWS, BE), dense, from the K entries of each row."""
+    total = tl.zeros((ROWS, BE), tl.float32)
+    place = (rows.to(tl.int64) * heads + head) * K
+    for j in tl.static_range(K):
+        chosen = tl.load(ids_ptr + place + j, mask=rows < N, other=-1).to(tl.int32)
+        grad = tl.load(grad_ptr + place + j, mask=rows < N, other=0.0)
+        total += tl.where(chosen[:, None] == column[None, :], grad[:, None], 0.0)
+    return total
+
+
+@triton.jit
+def token_grad_kernel(
+    w_desc, ids_ptr, grad_ptr, dx_desc, N, heads, D, E,
+    K: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """dx[n] = sum over k of grad[n, k] * w[:, ids[n, k]], as products with tiles of the spread gradient.
+
+    w_desc over (TERMS * heads * D, >= E), box (BD, BE); grad float32; dx_desc over (N, heads * D), box (BM, BD).
+    """
+    row, head, d = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2) * BD
+    rows = row + tl.arange(0, BM)
+    acc = tl.zeros((BM, BD), tl.float32)
+    dtype: tl.constexpr = dx_desc.dtype
+    for first in tl.range(0, E, BE):
+        grad = _spread(ids_ptr, grad_ptr, rows, head, heads, first + tl.arange(0, BE), N, K, BM, BE)
+        high = grad.to(dtype)
+        w = w_desc.load([head * D + d, first]).T
+        acc = tl.dot(high, w, acc, input_precision="ieee")
+        if TERMS > 1:
+            acc = tl.dot((grad - high.to(tl.float32)).to(dtype), w, acc, input_precision="ieee")
+            acc = tl.dot(high, w_desc.load([(heads + head) * D + d, first]).T, acc, input_precision="ieee")
+    dx_desc.store([row, head * D + d], acc.to(dtype))
+
+
+@triton.jit
+def router_grad_kernel(
+    x_desc, ids_ptr, grad_ptr, partial_ptr, N, heads, D, E, span,
+    K: tl.constexpr, TERMS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """partial[s] = x^T @ (spread gradient) over tokens [s * span, (s + 1) * span): dw is their sum, in order.
+
+    x_desc over (N, heads * D), box (BN, BD); partial (splits, heads, D, E) float32; span a multiple of BN.
+    """
+    columns = tl.cdiv(E, BE)
+    split, head = tl.program_id(0), tl.program_id(1)
+    d, e = (tl.program_id(2) // columns) * BD, (tl.program_id(2) % columns) * BE
+    column = e + tl.arange(0, BE)
+    acc = tl.zeros((BD, BE), tl.float32)
+    for row in tl.range(split * span, tl.minimum((split + 1) * span, N), BN):
+        grad = _spread(ids_ptr, grad_ptr, row + tl.arange(0, BN), head, heads, column, N, K, BN, BE)
+        x = x_desc.load([row, head * D + d]).T
+        high = grad.to(x.dtype)
+        acc = tl.dot(x, high, acc, input_precision="ieee")
+        if TERMS > 1:
+            acc = tl.dot(x, (grad - high.to(tl.float32)).to(x.dtype), acc, input_precision="ieee")
+    ds = d + tl.arange(0, BD)
+    place = ((split.to(tl.int64) * heads + head) * D + ds)[:, None] * E + column[None, :]
+    tl.store(partial_ptr + place, acc, mask=(ds < D)[:, None] & (column < E)[None, :])
