@@ -2,6 +2,7 @@
 # make test     set up and run the tests, under 10 minutes on 2 cores
 # make test-all the same with the long ones
 # make check    lint and types
+# make check-npu  the recorded schemas of torch-npu against its wheel, which pip fetches; needs gcc, no NPU
 # make bench    benchmarks, by hand
 # make links    build/path/twinmoe/*: for type checkers and editors
 #
@@ -26,7 +27,7 @@ endif
 TWINMOE = $(PY) -m twinmoe.moe_core.cli
 PIP = $(PY) -m pip install -q -c constraints.txt
 
-.PHONY: train test test-all check bench links installed
+.PHONY: train test test-all check check-npu bench links installed
 train: $(BASE)
 	@extra=$$($(TWINMOE) doctor --json | $(PY) -c "import json, sys; print(json.load(sys.stdin)['extra'] or '')"); \
 	if [ "$(VENV)" != 0 ] && [ -n "$$extra" ]; then echo "installing the extra $$extra"; $(PIP) -e ".[$$extra]"; fi
@@ -43,6 +44,9 @@ check: $(DEV) links
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+
+check-npu: $(DEV)
+	$(PY) tests/ascend/torch_npu/check_wheel.py
 
 bench: $(DEV)
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done

@@ -72,6 +72,13 @@ def communicator_bytes(buffers_mb: Mapping[str, int]) -> int:
     return sum(2 * mb * MEGABYTE for mb in buffers_mb.values())
 
 
+def memory_of_groups(groups: int, environment: Mapping[str, str]) -> int:
+    """Device memory of so many communicators with buffers of the size that the environment says, else the default."""
+    size = environment.get("HCCL_BUFFSIZE", "")
+    mb = int(size) if size.isdecimal() else DEFAULT_BUFFER_MB
+    return communicator_bytes({str(group): mb for group in range(groups)})
+
+
 def _leave(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
     os._exit(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
@@ -49,7 +49,11 @@ class Home:
 
 
 class HomeModule(Protocol):
-    """What a home module offers. It may also have device_count() -> int; without it ranks share the host."""
+    """What a home module offers.
+
+    It may also have device_count() -> int (without it ranks share the host), worker_environment() -> variables, and
+    communicator_bytes(groups, environment) -> int.
+    """
 
     ops: Ops
     comm: Comm
@@ -202,13 +206,26 @@ def is_scheduler() -> bool:
     return launchers.is_scheduler(os.environ)
 
 
-def worker_environment(python_folder: str) -> dict[str, str]:
-    """Environment for local workers: one compute thread each unless the user said otherwise.
+def worker_environment(python_folder: str, backend: str | None = None) -> dict[str, str]:
+    """Environment for local workers: one compute thread each and what the backend asks for; the user's values win.
 
     python_folder goes first on the path because msrun starts whatever `python` it finds there.
     """
     path = os.pathsep.join(p for p in (python_folder, os.environ.get("PATH", "")) if p)
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}
+    asked = home_environment(backend) if backend else {}
+    return {"OMP_NUM_THREADS": "1", **asked, **os.environ, "PATH": path}
+
+
+def home_environment(backend: str) -> dict[str, str]:
+    """Variables that a backend wants set before its framework starts in a worker; most want none."""
+    make = getattr(_import(HOMES[backend]), "worker_environment", None)
+    return dict(make()) if make else {}
+
+
+def communicator_bytes(backend: str, groups: Sequence[tuple[int, ...]]) -> int:
+    """Device memory that a backend's transport takes for groups of these ranks; 0 where it takes none of note."""
+    count = getattr(_import(HOMES[backend]), "communicator_bytes", None)
+    return int(count(groups, os.environ)) if count else 0
 
 
 def _automatic(decided_by: str) -> Choice:
@@ -250,7 +267,9 @@ __all__ = [
     "LaunchError",
     "Probe",
     "choose",
+    "communicator_bytes",
     "fitting_extra",
+    "home_environment",
     "is_scheduler",
     "launcher_name",
     "load",

@@ -203,15 +203,19 @@ def launch_command(
     as_json: Json = False,
 ) -> None:
     """Print ready text that trains CONFIG on several nodes."""
+    from ..backends.registry import HOMES, home_environment
     from .combinations import check_ranks
-    from .compose import load_config
+    from .compose import command_line_backend, load_config
     from .launch_text import LAUNCHERS, Cluster, launch_text
 
     if launcher not in LAUNCHERS:
         raise ConfigError(f"--print {launcher} is unknown; choose one of {', '.join(LAUNCHERS)}")
     cluster, words = Cluster(nodes, nproc), tuple(overrides or ())
-    check_ranks(load_config(config, words), cluster.ranks)
-    text = launch_text(launcher, cluster, [config, *words], run_dir)
+    merged = load_config(config, words)
+    check_ranks(merged, cluster.ranks)
+    backend = command_line_backend(words) or merged.backend or ("ascend" if launcher == "msrun" else None)
+    wanted = home_environment(backend) if backend and backend in HOMES else {}
+    text = launch_text(launcher, cluster, [config, *words], run_dir, wanted)
     _emit({"launcher": launcher, "ranks": cluster.ranks, "text": text}, as_json, lambda: print(text, end=""))
 
 
@@ -280,7 +284,7 @@ def _emit_dry_run(request: Any, as_json: bool) -> None:
     from .train_request import read_request
 
     config, choice, ranks = read_request(request)
-    sizes = shapes(config, ranks)
+    sizes = shapes(config, ranks, choice.name)
     report = {"config": config.model_dump(mode="json"), "backend": choice.name, **sizes.as_dict()}
     _emit(report, as_json, lambda: print(dump(config), *(f"# {line}" for line in sizes.lines()), sep="\n"))
 

@@ -91,7 +91,7 @@ def run_job(job: Job, watcher: Watcher) -> dict[str, Any]:
     Raises JobFailedError with the first failing rank's own traceback; by then no worker is left.
     """
     _forget_earlier_ends(job)
-    with (job.logs / _LAUNCHER_LOG).open("ab") as log, _Workers(job.command(), log).running() as workers:
+    with (job.logs / _LAUNCHER_LOG).open("ab") as log, _Workers(job, log).running() as workers:
         failed_at = None
         while workers.alive():
             watcher.poll()
@@ -107,10 +107,10 @@ def run_job(job: Job, watcher: Watcher) -> dict[str, Any]:
 class _Workers:
     """The launcher's process and the line to its workers."""
 
-    def __init__(self, command: list[str], log: Any) -> None:
-        environment = worker_environment(str(Path(sys.executable).parent))
+    def __init__(self, job: Job, log: Any) -> None:
+        environment = worker_environment(str(Path(sys.executable).parent), job.order.backend)
         self._process = subprocess.Popen(
-            command,
+            job.command(),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

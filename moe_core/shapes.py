@@ -5,35 +5,41 @@ The counts are those of the components that a training run would build; their fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
-from ..backends.protocol import Group, Parameter
-from ..backends.registry import load
+from ..backends.protocol import Communicator, Group, Parameter
+from ..backends.registry import communicator_bytes, load
 from .build import GROUPS, Runtime
 from .combinations import ConfigError, mesh_of
 from .config import Config
 from .mesh import Mesh
 from .model import build_model
 from .planning import slot_count
+from .topology import topology_of
+from .transport.hierarchical import hierarchy_groups
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that rank 0 holds. activations is an estimate: what backward keeps of one micro-batch."""
+    """Bytes that rank 0 holds. activations is an estimate: what backward keeps of one micro-batch.
+
+    communicators: buffers of the transport, where it keeps some for every group of ranks (HCCL).
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
+    communicators: int = 0
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.communicators
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class Shapes:
             f"{self.ranks} ranks: data {m.data} x head {m.head} x expert {m.expert} x tensor {m.tensor}",
             f"memory per rank {_large(memory.total)}B: parameters {_large(memory.parameters)}B, gradients "
             f"{_large(memory.gradients)}B, optimizer {_large(memory.optimizer)}B, activations about "
-            f"{_large(memory.activations)}B",
+            f"{_large(memory.activations)}B"
+            + (f", communicators {_large(memory.communicators)}B" if memory.communicators else ""),
             f"sent per rank and step {_large(sent.total)}B: dispatch and combine {_large(sent.dispatch_and_combine)}B, "
             f"gradients {_large(sent.gradients)}B, weights {_large(sent.weights)}B",
         ]
@@ -84,8 +91,11 @@ class Shapes:
         return known
 
 
-def shapes(config: Config, ranks: int = 1) -> Shapes:
-    """Sizes of `config` on so many ranks. ConfigError where they do not form its mesh."""
+def shapes(config: Config, ranks: int = 1, backend: str | None = None) -> Shapes:
+    """Sizes of `config` on so many ranks. ConfigError where they do not form its mesh.
+
+    backend: whose transport's buffers count as memory; without it none do.
+    """
     mesh = mesh_of(config, ranks)
     whole = list(declared(config, Mesh()))
     return Shapes(
@@ -93,7 +103,7 @@ def shapes(config: Config, ranks: int = 1) -> Shapes:
         mesh=mesh,
         parameters_total=sum(_size(p) for p in whole),
         parameters_active=round(sum(_size(p) * _active_share(config, p) for p in whole)),
-        memory_per_rank=_memory(config, mesh),
+        memory_per_rank=_memory(config, mesh, backend),
         bytes_per_step=_traffic(config, mesh),
     )
 
@@ -115,7 +125,7 @@ def moe_layers(config: Config) -> int:
     return config.model.num_layers - config.model.num_dense_layers
 
 
-def _memory(config: Config, mesh: Mesh) -> Memory:
+def _memory(config: Config, mesh: Mesh, backend: str | None) -> Memory:
     width = max(4, _BYTES[config.train.dtype])
     computed = _BYTES[config.train.dtype]
     sharded = mesh.size if config.parallel.data_sharding == "full" else 1
@@ -126,7 +136,25 @@ def _memory(config: Config, mesh: Mesh) -> Memory:
         gradients=stored * width,
         optimizer=2 * stored * width,
         activations=_activations(config, mesh),
+        communicators=communicator_bytes(backend, _rank_groups(config, mesh)) if backend else 0,
     )
+
+
+def _rank_groups(config: Config, mesh: Mesh) -> list[tuple[int, ...]]:
+    """Ranks of every group of several that rank 0 opens, the whole job's own first."""
+    found = [tuple(range(mesh.size)), *(_group(mesh, name, axes).ranks for name, axes in GROUPS.items())]
+    if config.parallel.transport == "hierarchical_dedup":
+        topology = topology_of(config.cluster, mesh.partition("expert"))
+        found += [group.ranks for group in hierarchy_groups(cast(Communicator, _Grouping()), mesh, topology).values()]
+    return [ranks for ranks in found if len(ranks) > 1]
+
+
+class _Grouping:
+    """The part of a communicator that names groups, for rank 0, talking to nobody."""
+
+    def group(self, name: str, partition: Sequence[Sequence[int]]) -> Group:
+        ranks = next(tuple(part) for part in partition if 0 in part)
+        return Group(name, ranks, ranks.index(0))
 
 
 def _activations(config: Config, mesh: Mesh) -> int:

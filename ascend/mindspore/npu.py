@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+from .. import hccl
 from . import runtime
 
 _PARTS = {"ops": ".npu_ops", "comm": ".hccl_comm", "trainer": ".npu_trainer"}
@@ -18,6 +20,16 @@ def probe() -> runtime.Probe:
 def device_count() -> int:
     """NPUs that this process may use."""
     return runtime.device_count()
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables that HCCL reads when it starts."""
+    return hccl.environment(hccl.HcclSettings())
+
+
+def communicator_bytes(groups: Sequence[tuple[int, ...]], environment: Mapping[str, str]) -> int:
+    """Device memory of HCCL's communicators: one for the job, and one that all groups of the same ranks share."""
+    return hccl.memory_of_groups(1 + len(set(groups)) if groups else 0, environment)
 
 
 def __getattr__(name: str) -> ModuleType:

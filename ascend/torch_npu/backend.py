@@ -5,7 +5,10 @@ from __future__ import annotations
 import glob
 import importlib
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .. import hccl
 
 DEVICE_NODES = "/dev/davinci[0-9]*"
 
@@ -31,6 +34,21 @@ def probe() -> tuple[bool, str, dict[str, str]]:
 def device_count() -> int:
     """NPUs that this process may use."""
     return int(_load().npu.device_count())
+
+
+def worker_environment() -> dict[str, str]:
+    """What HCCL reads when it starts; torch-npu loaded by us alone, and an error where it lacks an operator.
+
+    Left to itself torch loads it at every import, which fails where CANN is not set up, and an operator that is
+    missing on the device is computed on the host without a word.
+    """
+    own = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}
+    return hccl.environment(hccl.HcclSettings()) | own
+
+
+def communicator_bytes(groups: Sequence[tuple[int, ...]], environment: Mapping[str, str]) -> int:
+    """Most device memory that HCCL's communicators take: one a group, made when it is first used."""
+    return hccl.memory_of_groups(len(groups), environment)
 
 
 def _load() -> Any:

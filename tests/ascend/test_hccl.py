@@ -8,6 +8,8 @@ import threading
 
 import pytest
 from twinmoe.ascend import hccl
+from twinmoe.ascend.mindspore import npu
+from twinmoe.ascend.torch_npu import backend
 
 
 def test_environment_has_the_documented_variables() -> None:
@@ -73,3 +75,23 @@ def test_a_stuck_process_ends_with_a_message() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "rank 1 has waited 0 s for a peer" in done.stderr
+
+
+@pytest.mark.parametrize(("size", "mb"), [({}, 200), ({"HCCL_BUFFSIZE": "64"}, 64), ({"HCCL_BUFFSIZE": "odd"}, 200)])
+def test_memory_of_groups_follows_the_environment(size: dict[str, str], mb: int) -> None:
+    assert hccl.memory_of_groups(3, size) == 3 * 2 * mb * 2**20
+
+
+def test_groups_of_the_same_ranks_share_a_communicator_on_mindspore_only() -> None:
+    """MindSpore: the job's and two different groups; torch makes one a name."""
+    groups = [(0, 1, 2, 3), (0, 1), (0, 1, 2, 3)]
+    assert npu.communicator_bytes(groups, {}) == 3 * 400 * 2**20
+    assert backend.communicator_bytes(groups, {}) == 3 * 400 * 2**20
+    assert npu.communicator_bytes([], {}) == backend.communicator_bytes([], {}) == 0
+    assert npu.communicator_bytes(groups[:1] * 5, {}) == 2 * 400 * 2**20
+    assert backend.communicator_bytes(groups[:1] * 5, {}) == 5 * 400 * 2**20
+
+
+def test_workers_of_torch_npu_load_it_only_when_asked_and_compute_nothing_on_the_host() -> None:
+    extra = backend.worker_environment().items() - npu.worker_environment().items()
+    assert dict(extra) == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}

@@ -107,3 +107,11 @@ def test_workers_get_one_thread_unless_the_user_says_otherwise(monkeypatch: pyte
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert registry.worker_environment("/bin")["OMP_NUM_THREADS"] == "3"
     assert registry.worker_environment("/somewhere")["PATH"].startswith("/somewhere:")
+
+
+def test_workers_get_what_their_backend_wants_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "600")
+    found = registry.worker_environment("/bin", "ascend")
+    assert (found["HCCL_CONNECT_TIMEOUT"], found["HCCL_EXEC_TIMEOUT"]) == ("600", "1800")
+    assert registry.home_environment("reference") == {}
+    assert registry.communicator_bytes("reference", [(0, 1)]) == 0

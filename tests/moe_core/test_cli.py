@@ -190,6 +190,7 @@ def test_launch_text(run: Run, launcher: str) -> None:
         launcher
     ]:
         assert wanted in out
+    assert ('export HCCL_EXEC_TIMEOUT="${HCCL_EXEC_TIMEOUT:-1800}"' in out) == (launcher == "msrun")
 
 
 def test_data_export_can_be_trained_from(run: Run, tmp_path: Path) -> None:

@@ -78,6 +78,23 @@ def test_memory_by_hand() -> None:
     assert halved.activations < memory.activations
 
 
+def test_buffers_of_hccl_count_as_memory() -> None:
+    """Four ranks, one group of them all and the job's own: 2 communicators x 2 buffers x 200 MB."""
+    plain, found = (shapes(load_config("quickstart"), 4, backend) for backend in ("reference", "ascend"))
+    assert plain.memory_per_rank.communicators == 0
+    assert found.memory_per_rank.communicators == 2 * 2 * 200 * 2**20
+    assert found.memory_per_rank.total - plain.memory_per_rank.total == 800 * 2**20
+    assert "communicators 839 MB" in found.lines()[2]
+    assert shapes(load_config("quickstart"), 1, "ascend").memory_per_rank.communicators == 0
+
+
+def test_groups_of_a_hierarchy_have_buffers_too() -> None:
+    """Two nodes of four: the whole, the node and the rails, beside the job's own."""
+    cluster = "cluster={name: two, levels: [{name: node, size: 4}, {name: all, size: null}]}"
+    config = load_config("quickstart", ["parallel.transport=hierarchical_dedup", cluster])
+    assert shapes(config, 8, "ascend").memory_per_rank.communicators == 4 * 400 * 2**20
+
+
 def test_active_share_of_experts() -> None:
     found = shapes(load_config("quickstart"))
     experts = 4 * 8 * 3 * 128 * 256
