@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..protocol import Group, Launch
-from . import flight
+from . import direct, flight
 
 # torch 2.13 renames the flat collectives; the older names warn there
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,40 +21,25 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any, size: int) -> Tensor:
-        ctx.meta = (send, recv, handle, size)
-        return _all_to_all(x, send, recv, handle)
+    def forward(ctx: Any, x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any, far: bool) -> Tensor:
+        ctx.meta = (send, recv, handle, far)
+        return _all_to_all(x, send, recv, handle, far)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        send, recv, handle, _ = ctx.meta
-        return _all_to_all(grads[0], recv, send, handle), None, None, None, None
+        send, recv, handle, far = ctx.meta
+        return _all_to_all(grads[0], recv, send, handle, far), None, None, None, None
 
 
-def _all_to_all(x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any) -> Tensor:
+def _all_to_all(x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any, far: bool) -> Tensor:
     rows = x.shape[0] if recv is None else sum(recv)
     y = x.new_empty((rows, *x.shape[1:]))
     x = x.contiguous()
-    if dist.get_world_size(handle) == 2 and dist.get_backend(handle) == "gloo":
-        _pair_exchange(x, y, send or [rows // 2] * 2, recv or [rows // 2] * 2, handle)
+    if far and dist.get_backend(handle) == "gloo":
+        direct.exchange(x, y, send, recv, handle)
     else:
         dist.all_to_all_single(y, x, recv, send, group=handle)
     return y
-
-
-def _pair_exchange(x: Tensor, y: Tensor, send: list[int], recv: list[int], handle: Any) -> None:
-    """gloo's all-to-all of two ranks over a slow link sends one direction after the other: the word that a rank is
-    ready to receive waits behind its own data. Receives that are posted before anything is sent go both ways at once.
-    """
-    me = dist.get_rank(handle)
-    peer = dist.get_global_rank(handle, 1 - me)
-    outgoing, incoming = x.split(send), y.split(recv)
-    incoming[me].copy_(outgoing[me])
-    waiting = [dist.irecv(incoming[1 - me], peer, group=handle)] if recv[1 - me] else []
-    waiting += [dist.isend(outgoing[1 - me], peer, group=handle)] if send[1 - me] else []
-    for work in waiting:
-        assert work is not None
-        work.wait()
 
 
 class _AllGather(torch.autograd.Function):
@@ -121,6 +106,7 @@ class TorchCommunicator:
     def __init__(self, launch: Launch, backend: str, device: torch.device) -> None:
         self.rank, self.size = launch.rank, launch.size
         self._device = device
+        self._node_size = launch.local_size
         self._timeout = timedelta(seconds=launch.timeout_s)
         self._owner = self.size > 1 and not dist.is_initialized()
         if self._owner:
@@ -141,6 +127,9 @@ class TorchCommunicator:
                 handle = made if self.rank in ranks else handle
         return Group(name, mine, mine.index(self.rank), handle)
 
+    def _spans_nodes(self, group: Group) -> bool:
+        return len({rank // self._node_size for rank in group.ranks}) > 1
+
     def all_to_all(
         self,
         x: Tensor,
@@ -151,7 +140,7 @@ class TorchCommunicator:
         if group.size == 1:
             return x
         send, recv = (None if s is None else [int(v) for v in s] for s in (send_splits, recv_splits))
-        return _AllToAll.apply(x, send, recv, group.handle, group.size)  # type: ignore[no-any-return]
+        return _AllToAll.apply(x, send, recv, group.handle, self._spans_nodes(group))  # type: ignore[no-any-return]
 
     def all_to_all_start(self, x: Tensor, group: Group) -> Any:
         return x if group.size == 1 else flight.start(x, group.handle)

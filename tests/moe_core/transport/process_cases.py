@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def run(backend: Backend, launch: Launch, dtype: str) -> dict[str, Any]:
+def run(backend: Backend, launch: Launch, dtype: str, ranks_per_node: int) -> dict[str, Any]:
     """{case: [worst error, where, exact zeros]} of this rank."""
-    comm = backend.comm.connect(launch)
+    comm = backend.comm.connect(replace(launch, local_size=ranks_per_node))
     moe = MoeConfig(num_experts=6, top_k=3, expert_hidden_size=6, aux_loss_coeff=0.02, num_shared_experts=1)
     found = {}
     for name, (parallel, tensor) in CASES.items():

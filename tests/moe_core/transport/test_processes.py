@@ -9,10 +9,12 @@ from twinmoe.testing.processes import run_processes
 pytestmark = pytest.mark.processes
 
 
-@pytest.mark.parametrize("backend", ["cpu", "mindspore-cpu"])
-def test_layers_equal_the_oracle(backend: str):
+@pytest.mark.parametrize(("backend", "ranks_per_node"), [("cpu", 4), ("cpu", 2), ("mindspore-cpu", 4)])
+def test_layers_equal_the_oracle(backend: str, ranks_per_node: int):
+    """With two ranks a node, gloo's exchanges between nodes are sends and receives."""
     load_or_skip(backend)
-    found = run_processes(4, "twinmoe.testing.moe_core.transport.process_cases:run", {"dtype": "float64"}, backend)
+    arguments = {"dtype": "float64", "ranks_per_node": ranks_per_node}
+    found = run_processes(4, "twinmoe.testing.moe_core.transport.process_cases:run", arguments, backend)
     for name, (worst, where, zeros_ok) in found.items():
         assert worst <= 1e-10, f"{name}: {where}"
         assert zeros_ok, name
