@@ -109,7 +109,7 @@ def _median(
 
 
 def fit(rows: Sequence[Mapping[str, Any]]) -> list[Fit]:
-    """A line through each collective's points; errors count relative to the time, so that small sizes matter."""
+    """A line through each collective's points."""
     found = []
     for key in dict.fromkeys((r["collective"], r["level"]) for r in rows):
         points = [r for r in rows if (r["collective"], r["level"]) == key]
@@ -119,12 +119,13 @@ def fit(rows: Sequence[Mapping[str, Any]]) -> list[Fit]:
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """(alpha, beta, r2) of seconds = alpha + sizes * beta, neither negative, least squares of relative errors."""
+    """(alpha, beta, r2) of seconds = alpha + sizes * beta, neither negative; squares are weighted by 1 / time."""
     from scipy.optimize import nnls
 
     n, t = np.asarray(sizes, float), np.asarray(seconds, float)
     scale = n.max()
-    solved, _ = nnls(np.stack([np.ones_like(n), n / scale], 1) / t[:, None], np.ones_like(t))
+    weight = 1 / np.sqrt(t)
+    solved, _ = nnls(np.stack([np.ones_like(n), n / scale], 1) * weight[:, None], t * weight)
     alpha, beta = float(solved[0]), float(solved[1] / scale)
     spread = float(((t - t.mean()) ** 2).sum())
     left = float(((t - alpha - beta * n) ** 2).sum())
