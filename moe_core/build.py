@@ -115,7 +115,8 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
         return build_heads(moe, parallel, runtime, spec, build_layer, _shared_experts(runtime, moe, spec))
     if moe.num_experts < group.size:
         raise ValueError(
-            f"expert_parallel_size={group.size} exceeds moe.num_experts={moe.num_experts}; choose at most one rank per expert"
+            f"expert_parallel_size={group.size} exceeds moe.num_experts={moe.num_experts}; "
+            "choose at most one rank per expert"
         )
     place = (spec.layer, spec.vocab_size, runtime.comm, runtime.groups["world"])
     router = spec.router or make_router(RouterContext(ops, moe, spec.width, spec.seed, spec.std, *place))

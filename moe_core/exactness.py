@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,7 @@ def make_problem(case: Case, ranks: int, values: Mapping[str, np.ndarray], seed:
     if case.routing == "padding_only":
         real[:] = False
     starts = np.cumsum([0, *share])
-    parts = tuple(tuple(range(a, b)) for a, b in zip(starts[:-1], starts[1:]))
+    parts = tuple(tuple(range(a, b)) for a, b in itertools.pairwise(starts))
     dy = rng.standard_normal(x.shape) * real[..., None]
     if case.dtype == "bfloat16":  # inputs that it holds exactly: what is left is the error of the computation
         x, dy, values = _rounded(x), _rounded(dy), {name: _rounded(value) for name, value in values.items()}
@@ -133,7 +134,7 @@ def whole_values(case: Case, runtime: Runtime, seed: int = 0) -> dict[str, np.nd
     for parameter in parts.parameters:
         value = parameter.initial()
         if parameter.name.endswith("w_router") and value.ndim == 2:
-            value = np.eye(*value.shape) + 0.0 * value
+            value = np.eye(value.shape[0], value.shape[1]) + 0.0 * value
         for row, piece in enumerate(parameter.pieces or (Piece(parameter.name, parameter.shape),)):
             values[piece.name] = value[row] if parameter.pieces else value
     return values
@@ -170,9 +171,7 @@ def run_steps(case: Case, problem: Problem, backend: Any, runtime: Runtime) -> l
     parameters = [replace(p, initial=_initial(p, problem.values)) for p in parts.parameters]
     x_own = problem.x_SLD[list(mine)]
     parameters.append(
-        Parameter(
-            "x", x_own.shape, lambda: x_own, reduce_over="tensor", norm_over="token", weight_decay=False
-        )
+        Parameter("x", x_own.shape, lambda: x_own, reduce_over="tensor", norm_over="token", weight_decay=False)
     )
     ops = backend.ops
 
@@ -300,7 +299,7 @@ def oracle_gradients(
     case: Case, problem: Problem, values: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
     """y, gradients by logical name and losses of the dense oracle."""
-    from ..testing import oracle
+    from ..testing import oracle  # pyright: ignore[reportMissingImports]  # tests/, by the package map
 
     moe, prefix = case.moe, "moe."
     stack = {

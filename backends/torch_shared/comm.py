@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..protocol import Group, Launch
 from . import direct, flight
@@ -93,11 +94,11 @@ def _reduce(x: Tensor, group: Group) -> Tensor:
     return y
 
 
-def _store(launch: Launch, timeout: timedelta) -> dist.TCPStore:
+def _store(launch: Launch, timeout: timedelta) -> Store:
     """The job's key-value store: torchrun's own when its agent serves one, else rank 0's."""
     serve = launch.rank == 0 and not launch.agent_store
-    store = dist.TCPStore(launch.address, launch.port, launch.size, serve, timeout, wait_for_workers=False)
-    return dist.PrefixStore(f"twinmoe_{launch.attempt}", store) if launch.agent_store else store  # type: ignore[return-value]
+    store = TCPStore(launch.address, launch.port, launch.size, serve, timeout, wait_for_workers=False)
+    return PrefixStore(f"twinmoe_{launch.attempt}", store) if launch.agent_store else store
 
 
 class TorchCommunicator:

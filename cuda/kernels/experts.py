@@ -40,7 +40,7 @@ class MoeMlp(torch.autograd.Function):
             d_x = gather_sum(rows, routing.position, None)
             del rows
         d_up = launch.weight_grad(x, dh, routing, "a", on.schedule.dw_up, on) if need_up else None
-        if need_weights:
+        if need_weights and d_weights is not None:
             d_weights = d_weights.view_as(weights).to(weights.dtype)
         return d_x, d_weights if need_weights else None, d_up, d_down, None, None
 

@@ -46,7 +46,8 @@ class Borrowed:
         sends, receives, index, slot_order = loans(plan, me)
         chosen = ops.asarray(index)
         sizes = [int(np.prod(shape)) for shape in self._shapes]
-        flat = ops.concat([ops.take_rows(params[n].reshape((-1, s)), chosen) for n, s in zip(("w_up", "w_down"), sizes)], 1)
+        stacks = [params[name].reshape((-1, size)) for name, size in zip(("w_up", "w_down"), sizes)]
+        flat = ops.concat([ops.take_rows(stack, chosen) for stack in stacks], 1)
         arrived = self._comm.all_to_all(flat, self._group, sends, receives)
         arrived = arrived if slot_order is None else ops.take_rows(arrived, ops.asarray(slot_order))
         return [

@@ -33,9 +33,7 @@ class FullySharded:
         num, me = self._moe.num_experts, self._group.index
         made = []
         for (name, shape, std), shard in zip(expert_shapes(self._moe, self._width, self._std, std_down), self._shards):
-            pieces = tuple(
-                Piece(expert_name(prefix, e, name), shape, me * shard, (me + 1) * shard) for e in range(num)
-            )
+            pieces = tuple(Piece(expert_name(prefix, e, name), shape, me * shard, (me + 1) * shard) for e in range(num))
             made.append(
                 Parameter(
                     name=prefix + name,

@@ -88,7 +88,8 @@ def device_destinations(ops: Ops, ids_TK: Array, plan: Plan, source: int) -> Arr
     """dest_TK: global slot of each copy, -1 dropped. A table look-up where every expert has one slot."""
     if plan.one_slot_per_expert:
         table = ops.asarray(np.append(np.concatenate(plan.order), -1))
-        return ops.take_rows(table, ops.where(ids_TK >= 0, ids_TK, len(plan.order)).reshape((-1,))).reshape(ids_TK.shape)
+        index = ops.where(ids_TK >= 0, ids_TK, len(plan.order)).reshape((-1,))
+        return ops.take_rows(table, index).reshape(ids_TK.shape)
     keys = ops.where(ids_TK >= 0, ids_TK, len(plan.order)).reshape((-1,))
     slots, lengths = runs(plan, source)
     dropped = np.full(ids_TK.shape[0] * ids_TK.shape[1] - int(lengths.sum()), -1, np.int64)

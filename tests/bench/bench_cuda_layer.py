@@ -202,6 +202,7 @@ def time_kernels(case: Case, data: tuple[torch.Tensor, ...]) -> dict[str, float]
     rows = case.tokens * case.top_k
     third = case.flops / 3e9
     act, h = launch.up(x, w_up, routing, rows, True, True, on)
+    assert h is not None
     down = launch.rows(act, w_down, routing.grouping, False, s.down, on)
     dh, _, _ = launch.activation_grad(grad, w_down, h, weights, routing, on)
     ms = {
@@ -244,7 +245,7 @@ def run_case(name: str, peers: list[str]) -> dict[str, dict[str, float]]:
                 if peer == "ours":
                     rows["kernels"] = time_kernels(case, data)
                     del data
-                    rows["errors"] = dict(enumerate(check_full(experts.moe_mlp, case)))
+                    rows["errors"] = {str(i): e for i, e in enumerate(check_full(experts.moe_mlp, case))}
         except torch.OutOfMemoryError as error:
             rows[peer] = {"failed": float("nan")}
             print(name, peer, str(error)[:200])

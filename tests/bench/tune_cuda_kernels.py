@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_cuda_layer import CASES, Case, make, median_ms
@@ -68,9 +69,10 @@ def calls(kernel: str, case: Case, on: launch.Card) -> tuple[float, Callable[[la
     routing = route_rows(ids, case.experts, 128)
     rows = case.tokens * case.top_k
     act, h = launch.up(x, w_up, routing, rows, True, True, on)
+    assert h is not None
     dh, _, _ = launch.activation_grad(grad, w_down, h, weights, routing, on)
     grouping = routing.grouping
-    table: dict[str, tuple[int, Callable[[launch.Card], torch.Tensor]]] = {
+    table: dict[str, tuple[int, Callable[[launch.Card], Any]]] = {
         "up": (2, lambda c: launch.up(x, w_up, routing, rows, True, True, c)[1]),
         "down": (1, lambda c: launch.rows(act, w_down, grouping, False, c.schedule.down, c)),
         "act": (1, lambda c: launch.activation_grad(grad, w_down, h, weights, routing, c)[0]),

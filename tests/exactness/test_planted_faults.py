@@ -83,7 +83,8 @@ def _scaled_reduction(scale: float) -> Callable[[Any], None]:
 def test_a_norm_that_counts_experts_twice_is_found() -> None:
     def clip(state: Any, max_norm: float | None) -> float:
         doubled = {n: g * (2**0.5 if "w_up" in n else 1.0) for n, g in state.grads.items()}
-        return reference.trainer.clip_gradients(SimpleNamespace(**{**vars(state), "grads": doubled}), max_norm)
+        faulty: Any = SimpleNamespace(**{**vars(state), "grads": doubled})
+        return reference.trainer.clip_gradients(faulty, max_norm)
 
     assert not passes(TIES, with_faults(trainer={"clip_gradients": clip}))
 

@@ -26,6 +26,6 @@ def test_schemes_routings_and_every_pair_of_options_equal_the_oracle(world: int)
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("world", (1, 2, 4))
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_full_product_equals_the_oracle(world: int) -> None:
     verified(world, "full")
