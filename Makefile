@@ -49,7 +49,11 @@ check-npu: $(DEV)
 	$(PY) tests/ascend/torch_npu/check_wheel.py
 
 bench: $(DEV)
-	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+	$(PY) tests/bench/bench_quickstart.py
+	$(TWINMOE) bench router
+	$(TWINMOE) bench planner
+	$(TWINMOE) bench comm
+	@if $(TWINMOE) doctor | grep -q "^cuda  *works"; then $(PY) tests/bench/bench_cuda_layer.py --quick; fi
 
 links:
 	@mkdir -p build/path/twinmoe

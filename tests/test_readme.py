@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def file_map() -> list[str]:
     block = next(b for b in re.findall(r"```\w*\n(.*?)```", README, re.DOTALL) if b.startswith("moe_core/"))
     paths, folder = [], ""
     for line in block.splitlines():
-        words = [word for word in line[:26].split() if re.fullmatch(r"[\w*]+(\.\w+|/)", word)]
+        words = list(itertools.takewhile(re.compile(r"[\w*]+(\.\w+|/)$").match, line.split()))
         folder = words[0] if not line.startswith(" ") else folder
         paths += [folder] if not line.startswith(" ") else [folder + word for word in words]
     return paths
