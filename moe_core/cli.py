@@ -96,6 +96,25 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def acceptance(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="New file for reports and logs.")] = Path(
+        "bundle.tgz"
+    ),
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
+    nproc: Nproc = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a new machine should show, in under 15 minutes, packed into one file."""
+    from . import acceptance as module
+
+    console = Console(stderr=True)
+    report = module.run(module.AcceptanceRequest(out, backend, nproc), lambda name: console.print(f"{name} ..."))
+    _emit(report, as_json, lambda: print(*module.lines(report), sep="\n"))
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
 @bench_app.command(name="planner")
 def bench_planner(as_json: Json = False) -> None:
     """Milliseconds to plan, by planner, experts and ranks; compilation is left out."""

@@ -95,11 +95,18 @@ def _bench_schemes(order: Order, backend: Backend, launch: Launch) -> dict[str, 
     return measure_rank(backend, launch, order.options)
 
 
+def _acceptance(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
+    from .acceptance_checks import run_rank
+
+    return run_rank(backend, replace(launch, timeout_s=order.options["timeout_s"]))
+
+
 TASKS: Mapping[str, Callable[[Order, Backend, Launch], dict[str, Any]]] = {
     "train": _train,
     "verify": _verify,
     "bench_comm": _bench_comm,
     "bench_schemes": _bench_schemes,
+    "acceptance": _acceptance,
 }
 """What local workers can do: each returns its report, the same on every rank."""
 
