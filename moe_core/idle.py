@@ -31,4 +31,3 @@ def with_padding(ops: Ops, x_TD: Array, tokens: Tokens) -> tuple[Array, Tokens]:
 def without_padding(ops: Ops, y_TD: Array) -> Array:
     """The rows that the caller gave: none."""
     return ops.split(y_TD, [0, y_TD.shape[0]])[0]
-

@@ -21,7 +21,9 @@ class Declare:
     prefix: str
     seed: int
 
-    def __call__(self, name: str, shape: tuple[int, ...], init: Init, decay: bool = True, master: bool = False) -> Parameter:
+    def __call__(
+        self, name: str, shape: tuple[int, ...], init: Init, decay: bool = True, master: bool = False
+    ) -> Parameter:
         full = self.prefix + name
         return Parameter(full, shape, draw_dense(self.seed, full, shape, init), weight_decay=decay, master=master)
 
@@ -48,7 +50,9 @@ def attention_parameters(model: ModelConfig, declare: Declare) -> list[Parameter
         declare("w_o", (heads * dim, width), output_std(model)),
     ]
     if model.attention_bias:
-        made += [declare(f"b_{n}", (h * dim,), "zeros", decay=False) for n, h in zip("qkv", (heads, kv_heads, kv_heads))]
+        made += [
+            declare(f"b_{n}", (h * dim,), "zeros", decay=False) for n, h in zip("qkv", (heads, kv_heads, kv_heads))
+        ]
     if model.qk_norm:
         made += [declare.norm("norm_q", dim), declare.norm("norm_k", dim)]
     return made
@@ -94,7 +98,9 @@ def attention(ops: Ops, model: ModelConfig, p: Params, x_SLD: Array, rotary: Rot
     return (y.reshape((sequences * length, heads * dim)) @ p["w_o"]).reshape((sequences, length, width))
 
 
-def mlp_parameters(name: str, width: int, hidden: int, activation: str, stds: tuple[float, float], declare: Declare) -> list[Parameter]:
+def mlp_parameters(
+    name: str, width: int, hidden: int, activation: str, stds: tuple[float, float], declare: Declare
+) -> list[Parameter]:
     up = 2 * hidden if activation == "swiglu" else hidden
     return [declare(f"{name}_up", (1, width, up), stds[0]), declare(f"{name}_down", (1, hidden, width), stds[1])]
 
