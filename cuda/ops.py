@@ -167,6 +167,6 @@ def expert_mlp(x_ND: Tensor, w_up: Tensor, w_down: Tensor, counts_G: Tensor, act
     if x_ND.dtype == torch.bfloat16 and fits and w_up.shape[0] > 0:
         from .kernels.experts import sorted_mlp
 
-        return sorted_mlp(x_ND, w_up, w_down, counts_G)
+        return sorted_mlp(x_ND, w_up.contiguous(), w_down.contiguous(), counts_G)  # borrowed stacks arrive as views
     hidden = shared.activate(grouped_matmul(x_ND, w_up, counts_G), activation)
     return grouped_matmul(hidden, w_down, counts_G)
