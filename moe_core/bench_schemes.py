@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.protocol import Communicator, Component, Launch, TrainOptions
+from ..backends.protocol import Communicator, Component, Launch, Parameter, TrainOptions
 from ..backends.registry import Backend
 from .bench_figures import figures, own_figures, predicted_seconds
 from .build import LayerParts, LayerSpec, Runtime, build_layer, make_runtime
@@ -130,11 +130,14 @@ def _contender(name: str, config: Config, load: Load, backend: Backend, runtimes
 
     def forward(params: Mapping[str, Any], what: str) -> Any:
         own = scoped(params, PREFIX)
+        x_TD = ops.cast(x * own["w_scale"], load.dtype)  # type: ignore[arg-type]
         if what == "layer":
-            return layer(own, x, tokens, Memo())
-        return _carry(layer, own, x, tokens)
+            return layer(own, x_TD, tokens, Memo())
+        return _carry(layer, own, x_TD, tokens)
 
-    component = Component("moe", parts.parameters, forward)
+    # inputs have a gradient, as inside a model: its exchange is part of a step
+    scale = Parameter(f"{PREFIX}w_scale", (1,), lambda: np.ones(1), master=True)
+    component = Component("moe", (*parts.parameters, scale), forward)
     state = backend.trainer.build([component], TrainOptions(dtype=load.dtype), runtime.groups, runtime.comm)  # type: ignore[arg-type]
 
     def loss() -> tuple[Any, MoEOutput]:
