@@ -12,11 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .combinations import ConfigError
 
@@ -71,6 +73,7 @@ class Testbed:
 
     shape: Shape
     _made: list[str] = field(default_factory=list)
+    _previous: Any = None
 
     __test__ = False  # pytest: not a test class
 
@@ -79,6 +82,8 @@ class Testbed:
         if reason is not None:
             raise ConfigError(reason)
         _remove_stale()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, _leave)
         try:
             self._make()
         except BaseException:
@@ -94,6 +99,9 @@ class Testbed:
         for name in reversed(self._made):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         self._made.clear()
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
 
     def node_of(self, rank: int) -> int:
         return rank // self.shape.ranks_per_node
@@ -191,6 +199,11 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
                 os.killpg(rank.pid, signal.SIGKILL)
         if rank.stdin is not None:
             rank.stdin.close()
+
+
+def _leave(number: int, _: object) -> None:
+    """SIGTERM unwinds like an exception, so that nothing is left behind."""
+    raise SystemExit(128 + number)
 
 
 def _remove_stale() -> None:

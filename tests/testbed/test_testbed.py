@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +73,21 @@ def test_a_failing_rank_ends_the_others(nothing_left: None, tmp_path: Path):
 def test_ranks_that_do_not_end_are_ended(nothing_left: None, tmp_path: Path):
     with Testbed(Shape(1, 1)) as testbed, pytest.raises(TimeoutError, match="did not end within"):
         run_ranks(testbed, [sys.executable, "-c", "import time; time.sleep(60)"], {}, 29650, tmp_path / "log", 1.0)
+
+
+@needs_namespaces
+def test_a_terminated_command_leaves_no_namespace_behind(tmp_path: Path):
+    script = (
+        "import time; from twinmoe.moe_core.testbed import *\n"
+        "with Testbed(Shape(2, 1)): print('ready', flush=True); time.sleep(60)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert command.stdout is not None
+    assert command.stdout.readline() == b"ready\n"
+    command.terminate()
+    assert command.wait(30) == 128 + signal.SIGTERM
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert f"twinmoe_{command.pid}_" not in listed
 
 
 @needs_namespaces
