@@ -9,7 +9,6 @@ import numpy as np
 from .layer import LayerStats
 from .plan import Plan
 from .topology import Topology
-from .transport.depth import level_units
 
 
 def own_figures(stats: LayerStats, topology: Topology, rank: int, row_bytes: int, flat: Plan) -> np.ndarray:
@@ -56,16 +55,18 @@ def figures(of_ranks: np.ndarray, topology: Topology, row_bytes: int) -> dict[st
 
 
 def predicted_seconds(stats: LayerStats, topology: Topology) -> float:
-    """Dispatch and combine by the lines of the topology (HierMoE eq. 1 to 5): parts x the largest block, per stage.
+    """Dispatch and combine by the lines of the topology, each stage bounded by the rank that sends or receives most.
 
+    (HierMoE's parts x largest block is the same where blocks are alike, and more where few rows make them unlike.)
     Metadata that travels apart from rows is in the bytes; its latency counts as another alpha.
     """
     depth, total = len(stats.exchange.traffic), 0.0
-    units = level_units(topology)
     for number, traffic in enumerate(stats.exchange.traffic, 1):
         link = topology.link(number, depth)
-        fan = topology.ranks // units[number - 1] if number == depth else units[number] // units[number - 1]
-        apart = traffic.rows is not None
-        total += link.seconds(fan * float(traffic.sent.max(initial=0))) + (link.alpha if apart else 0.0)
-        total += link.seconds(fan * float(traffic.returned.max(initial=0)))
+        total += link.seconds(_busiest(traffic.sent)) + (link.alpha if traffic.rows is not None else 0.0)
+        total += link.seconds(_busiest(traffic.returned))
     return total
+
+
+def _busiest(sent_RR: np.ndarray) -> float:
+    return float(max(sent_RR.sum(0).max(initial=0), sent_RR.sum(1).max(initial=0)))

@@ -32,7 +32,7 @@ def test_figures_of_the_sheets_table():
     plain = figures_of(flat)
     assert (plain["rows_crossing_nodes"], plain["predicted_ceiling"], plain["busiest_rank_rows"]) == (20, 1.0, 9)
     assert plain["bytes_per_level"] == {"node": 2 * 4 * ROW, "cluster": 2 * 20 * ROW}
-    assert plain["predicted"] == pytest.approx(2 * (1.0 + 4 * 3 * ROW * 1e-3))
+    assert plain["predicted"] == pytest.approx(2 * (1.0 + 9 * ROW * 1e-3))  # ranks 2 and 3 receive 9 rows
     deep = figures_of(hierarchical(TOPOLOGY, 2))
     assert deep["rows_crossing_nodes"] == 8
     metadata = 8 * 4 + 8
