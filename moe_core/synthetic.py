@@ -4,6 +4,7 @@ balanced        K distinct experts, each alike
 hot:P:H         P percent of the copies on the first H experts (of one rank where H <= E / ranks), the rest alike
 zipf:S          the n-th expert in a fixed order is drawn as 1 / n^S
 groups:G:M      K experts inside M of G equal groups of each token (DeepSeek's node limit)
+together:M      M experts that lie E / M apart are chosen together, the rest alike (what a swap can bring together)
 counts:FILE     as often as a JSON list of E numbers says
 """
 
@@ -21,7 +22,7 @@ from .combinations import ConfigError
 from .parameters import draw_dense
 from .routing.base import Memo, Routing, State, Tokens
 
-GRAMMAR = "balanced, hot:PERCENT:EXPERTS, zipf:S, groups:GROUPS:CHOSEN or counts:FILE"
+GRAMMAR = "balanced, hot:PERCENT:EXPERTS, zipf:S, groups:GROUPS:CHOSEN, together:M or counts:FILE"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Skew:
         label = f"{text} (repeated ids)" if repeat_ids else text
         if kind == "counts" and rest:
             return cls(kind, (), _read_counts(Path(":".join(rest))), repeat_ids, label)
-        wanted = {"balanced": 0, "hot": 2, "zipf": 1, "groups": 2}.get(kind)
+        wanted = {"balanced": 0, "hot": 2, "zipf": 1, "groups": 2, "together": 1}.get(kind)
         try:
             numbers = tuple(float(part) for part in rest)
         except ValueError:
@@ -52,8 +53,12 @@ class Skew:
 
     def check(self, num_experts: int, top_k: int) -> None:
         """ConfigError where tokens of K distinct experts can't have this skew."""
-        if self.repeat_ids and self.kind == "groups":
-            raise ConfigError("groups limits distinct experts; leave --repeat-ids out")
+        if self.repeat_ids and self.kind in ("groups", "together"):
+            raise ConfigError(f"{self.kind} is about distinct experts; leave --repeat-ids out")
+        if self.kind == "together":
+            members = int(self.numbers[0])
+            if not 1 <= members <= top_k or num_experts % members:
+                raise ConfigError(f"{self.text}: choose a number that divides {num_experts} experts, at most {top_k}")
         if self.kind == "hot":
             percent, hot = self.numbers
             copies = top_k * percent / 100
@@ -99,6 +104,10 @@ def choose(skew: Skew, num_experts: int, tokens: int, top_k: int, seed: int) -> 
         groups, chosen = int(skew.numbers[0]), int(skew.numbers[1])
         order = np.argsort(rng.random((tokens, groups)), axis=1).argsort(axis=1)
         scores = np.where(np.repeat(order < chosen, num_experts // groups, axis=1), scores, -np.inf)
+    if skew.kind == "together":
+        apart = num_experts // int(skew.numbers[0])
+        first = rng.integers(0, apart, (tokens, 1))
+        scores = np.where(np.arange(num_experts) % apart == first, 1e6, scores)
     return _largest(scores + rng.gumbel(size=scores.shape), top_k)
 
 

@@ -17,7 +17,9 @@ def shares(ids: np.ndarray, num_experts: int = EXPERTS) -> np.ndarray:
     return np.bincount(ids.reshape(-1), minlength=num_experts) / ids.size
 
 
-@pytest.mark.parametrize("text", ["balanced", "hot:75:4", "hot:30:2", "hot:100:4", "zipf:1.2", "groups:4:2"])
+@pytest.mark.parametrize(
+    "text", ["balanced", "hot:75:4", "hot:30:2", "hot:100:4", "zipf:1.2", "groups:4:2", "together:2"]
+)
 def test_ids_of_a_token_are_distinct_and_the_same_seed_gives_the_same(text: str):
     ids = choose(Skew.parse(text), EXPERTS, 200, 4, seed=1)
     assert ids.shape == (200, 4)
@@ -45,6 +47,12 @@ def test_tokens_stay_inside_their_groups():
     assert max(len(set(row)) for row in (ids // 4).tolist()) == 2
 
 
+def test_experts_of_a_set_are_chosen_together():
+    ids = choose(Skew.parse("together:4"), EXPERTS, 200, 4, 0)
+    assert all(sorted(row) == [row_min + 4 * i for i in range(4)] for row, row_min in zip(ids.tolist(), ids.min(1)))
+    assert shares(ids) == pytest.approx(1 / EXPERTS, rel=0.4)
+
+
 def test_repeated_ids_are_marked_and_follow_counts(tmp_path: Path):
     file = tmp_path / "counts.json"
     file.write_text(json.dumps([[3, 0], [0, 1]]))
@@ -63,6 +71,7 @@ def test_repeated_ids_are_marked_and_follow_counts(tmp_path: Path):
         ("hot:120:4", "do not exist"),
         ("groups:5:2", "choose divisors"),
         ("groups:8:1", "fewer than 4"),
+        ("together:3", "divides"),
         ("skewed", "choose balanced"),
         ("zipf:x", "choose balanced"),
         ("counts:nowhere.json", "can't be read"),
