@@ -5,7 +5,7 @@ from __future__ import annotations
 from .host_experts import expert_mlp
 from .host_norm import rms_norm
 from .host_products import grouped_matmul
-from .host_rows import combine_rows, take_rows
+from .host_rows import combine_rows, sum_rows, take_rows
 from .ops import (
     argsort,
     asarray,
@@ -28,7 +28,6 @@ from .ops import (
     split,
     sqrt,
     stop_gradient,
-    sum_rows,
     take_along,
     to_numpy,
     topk,

@@ -12,6 +12,9 @@ from . import ops as shared
 BLOCK = 1 << 18
 """Elements worked on at a time, so that a second pass over them finds them in the cache."""
 
+_WIDE = (torch.float32, torch.float64)
+"""Dtypes whose sums need no wider one; others take the plain operations."""
+
 
 def row_blocks(x_ND: Tensor) -> list[slice]:
     """Runs of rows of about BLOCK elements."""
@@ -28,11 +31,32 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return shared.sum_rows(grads[0], ctx.saved_tensors[0], ctx.num_rows), None
+        return _add_up(grads[0], ctx.saved_tensors[0], ctx.num_rows), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(index_N)
+        return _add_up(rows, index_N, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grads[0], ctx.saved_tensors[0]), None, None
 
 
 def take_rows(x: Tensor, index_N: Tensor) -> Tensor:
     return _TakeRows.apply(x, index_N)  # type: ignore[no-any-return]
+
+
+def sum_rows(rows_ND: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    return _SumRows.apply(rows_ND, index_N, num_rows)  # type: ignore[no-any-return]
+
+
+def _add_up(rows: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    if rows.dtype not in _WIDE or _missing(index_N) is not None:
+        return shared.sum_rows(rows, index_N, num_rows)
+    return rows.new_zeros((num_rows, *rows.shape[1:])).index_add_(0, index_N, rows)
 
 
 def _gather(x: Tensor, index_N: Tensor) -> Tensor:
@@ -100,6 +124,6 @@ def _by_row(index_TK: Tensor, weights_TK: Tensor, num_rows: int) -> tuple[Tensor
 
 
 def combine_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    if rows_ND.dtype not in (torch.float32, torch.float64):  # sums are wider than the rows
+    if rows_ND.dtype not in _WIDE:
         return shared.combine_rows(rows_ND, index_TK, weights_TK)
     return _CombineRows.apply(rows_ND, index_TK, weights_TK)  # type: ignore[no-any-return]
