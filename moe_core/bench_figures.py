@@ -34,9 +34,10 @@ def _own(topology: Topology, sent_RR: np.ndarray, rank: int) -> np.ndarray:
     return np.array([found[level.name] for level in topology.levels], float)
 
 
-def figures(of_ranks: np.ndarray, topology: Topology, row_bytes: int) -> dict[str, Any]:
+def figures(of_ranks: np.ndarray, topology: Topology, between_nodes: bool) -> dict[str, Any]:
     """Exact sums over ranks from their `own_figures`, and ceilings against plain expert parallelism.
 
+    between_nodes: whether an expert group has ranks on several nodes (its outermost level is then between them).
     predicted_ceiling: the most that time can fall by, if only bytes between nodes cost (rows of the busiest rank,
     where there is one node).
     """
@@ -47,8 +48,8 @@ def figures(of_ranks: np.ndarray, topology: Topology, row_bytes: int) -> dict[st
     rows_ceiling = busiest[depth + 3] / max(1.0, busiest[depth + 2])
     return {
         "bytes_per_level": bytes_per_level,
-        "rows_crossing_nodes": int(total[depth]) if depth > 1 else 0,
-        "predicted_ceiling": round(float(bytes_ceiling if depth > 1 else rows_ceiling), 3),
+        "rows_crossing_nodes": int(total[depth]) if between_nodes else 0,
+        "predicted_ceiling": round(float(bytes_ceiling if between_nodes else rows_ceiling), 3),
         "busiest_rank_rows": int(busiest[depth + 2]),
         "rows_ceiling": round(float(rows_ceiling), 3),
     }

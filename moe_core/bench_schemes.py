@@ -62,6 +62,7 @@ class Contender:
     loss: Callable[[], tuple[Any, MoEOutput]]
     carry: Callable[[], Any]
     swapper: Swapper | None
+    between_nodes: bool
     stats: LayerStats | None = None
     swaps: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"layer": [], "step": [], "transport": []})
@@ -98,6 +99,12 @@ class Runtimes:
         self._backend, self._comm, self._cluster = backend, comm, cluster
         self._made: dict[Any, Runtime] = {}
         self.world = comm.group("world", Mesh(data=comm.size).partition("data"))
+
+    def between_nodes(self, ranks: Sequence[int]) -> bool:
+        """Whether these ranks are on several units of the cluster's outermost level but one."""
+        levels = self._cluster.levels
+        node = levels[-2].size if len(levels) > 1 else None
+        return node is not None and len({rank // node for rank in ranks}) > 1
 
     def of(self, config: Config) -> Runtime:
         mesh = mesh_of(config, self._comm.size)
@@ -145,7 +152,8 @@ def _contender(name: str, config: Config, load: Load, backend: Backend, runtimes
         return ops.cast((out.y * dy).sum(-1), "float32").sum(-1), out
 
     swapper = _swapper(config, runtime, load, parts)
-    return Contender(name, config, runtime, state, layer, loss, lambda: state.modules["moe"]("carry"), swapper)
+    far = runtimes.between_nodes(runtime.groups["expert"].ranks)
+    return Contender(name, config, runtime, state, layer, loss, lambda: state.modules["moe"]("carry"), swapper, far)
 
 
 def _carry(layer: MoELayer, params: Mapping[str, Any], x_TD: Any, tokens: Tokens) -> Any:
@@ -272,7 +280,7 @@ def _row(
     mine = own_figures(stats, topology, runtime.groups["expert"].index, row_bytes, _flat_plan(contender, load))
     return {
         **row,
-        **figures(over_ranks(mine), topology, row_bytes),
+        **figures(over_ranks(mine), topology, contender.between_nodes),
         "predicted_milliseconds": round(1e3 * predicted_seconds(stats, topology), 3),
     }
 

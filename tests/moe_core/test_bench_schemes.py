@@ -25,7 +25,7 @@ def figures_of(make: Any) -> dict[str, Any]:
     outcome = run_exchange(Problem(list(TABLE), plan), make)[0]
     stats = LayerStats(None, None, plan, outcome.exchange)
     of_ranks = np.stack([own_figures(stats, TOPOLOGY, rank, ROW, plan) for rank in range(4)])
-    return {**figures(of_ranks, TOPOLOGY, ROW), "predicted": predicted_seconds(stats, TOPOLOGY)}
+    return {**figures(of_ranks, TOPOLOGY, True), "predicted": predicted_seconds(stats, TOPOLOGY)}
 
 
 def test_figures_of_the_sheets_table():
