@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,13 +27,18 @@ class Selection:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: tokens, experts, width."""
+    """Tile sizes: tokens, experts, width; bn: tokens a step of the weight gradient."""
 
     bm: int = 128
     be: int = 128
     bk: int = 64
+    bn: int = 32
     warps: int = 8
     stages: int = 3
+
+
+HOPPER = Blocks()
+AMPERE = Blocks(bm=64, be=64, bk=32)
 
 
 def split_weights(w_HDE: torch.Tensor, dtype: torch.dtype, precision: Precision) -> torch.Tensor:
@@ -50,9 +55,9 @@ def split_weights(w_HDE: torch.Tensor, dtype: torch.dtype, precision: Precision)
 
 def fits(x_NHD: torch.Tensor, w_HDE: torch.Tensor, choice: Selection) -> bool:
     """Whether the kernels take these shapes and dtypes: bfloat16 tokens (a float32 token is not split)."""
-    experts, blocks = w_HDE.shape[2], _blocks(w_HDE.shape[2], choice)
-    grouped = choice.groups == 1 or (experts == blocks.be and experts % choice.groups == 0)
-    fine = x_NHD.shape[2] % blocks.bk == 0 and choice.k <= min(experts, 16) and x_NHD.shape[0] > 0
+    experts = w_HDE.shape[2]
+    grouped = choice.groups == 1 or (experts in (32, 64, 128, 256) and experts % choice.groups == 0)
+    fine = x_NHD.shape[2] % 64 == 0 and choice.k <= min(experts, 16) and x_NHD.shape[0] > 0
     return x_NHD.dtype == torch.bfloat16 and w_HDE.dtype != torch.float64 and fine and grouped
 
 
@@ -84,14 +89,17 @@ def router_topk(
     x_NHD: torch.Tensor, w_HDE: torch.Tensor, bias_HE: torch.Tensor | None, choice: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits float32, ids int64), both (N, H, k): x @ w of the chosen, best first; ties go to the lower id."""
-    blocks = _blocks(w_HDE.shape[2], choice)
+    major, minor = torch.cuda.get_device_capability(x_NHD.device)
+    blocks = blocks_for(w_HDE.shape[2], choice, major * 10 + minor)
     return RouterTopk.apply(x_NHD.contiguous(), w_HDE, bias_HE, choice, blocks)  # type: ignore[return-value]
 
 
-def _blocks(experts: int, choice: Selection) -> Blocks:
+def blocks_for(experts: int, choice: Selection, capability: int) -> Blocks:
+    """Tile sizes on a compute capability (90 = Hopper); a group limit needs all experts in one tile."""
+    blocks = HOPPER if capability >= 90 else AMPERE
     if choice.groups > 1:
-        return Blocks(bm=64, be=triton.next_power_of_2(experts))
-    return Blocks(be=64 if experts <= 64 else 128)
+        return replace(blocks, bm=64 if capability >= 90 else 32, be=triton.next_power_of_2(experts))
+    return replace(blocks, be=64) if experts <= 64 else blocks
 
 
 def _flat(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -130,11 +138,11 @@ def _router_grad(x, w, ids, grad, choice: Selection, b: Blocks) -> torch.Tensor:
     bd = 64 if width % 128 else 128
     tiles = heads * triton.cdiv(width, bd) * triton.cdiv(experts, b.be)
     splits = max(1, min(256 // max(1, tiles), triton.cdiv(rows, 512)))
-    span = triton.cdiv(triton.cdiv(rows, splits), b.bk) * b.bk
+    span = triton.cdiv(triton.cdiv(rows, splits), b.bn) * b.bn
     partial = torch.empty((splits, heads, width, experts), dtype=torch.float32, device=x.device)
     terms = 1 if choice.precision == "bf16_fp32acc" or x.dtype == torch.float32 else 3
     router_grad_kernel[(splits, heads, triton.cdiv(width, bd) * triton.cdiv(experts, b.be))](
-        _flat(x.view(rows, heads * width), b.bk, bd), ids, grad, partial, rows, heads, width, experts, span,
-        K=ids.shape[2], TERMS=terms, BN=b.bk, BD=bd, BE=b.be, num_warps=b.warps, num_stages=b.stages,
+        _flat(x.view(rows, heads * width), b.bn, bd), ids, grad, partial, rows, heads, width, experts, span,
+        K=ids.shape[2], TERMS=terms, BN=b.bn, BD=bd, BE=b.be, num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     return partial.sum(0).to(w.dtype)

@@ -14,33 +14,39 @@ def _scores(x_desc, w_desc, row, head, heads, column, D, TERMS: tl.constexpr, BM
             BK: tl.constexpr):  # fmt: skip
     """x @ w of one tile, float32; w is the sum of TERMS arrays of x's dtype."""
     acc = tl.zeros((BM, BE), tl.float32)
-    for k in tl.range(0, D // BK):
-        x = x_desc.load([row, head * D + k * BK])
-        for term in tl.static_range(TERMS):
-            # smallest terms first
-            w = w_desc.load([((TERMS - 1 - term) * heads + head) * D + k * BK, column])
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+    steps = D // BK
+    for step in tl.range(0, TERMS * steps):
+        term = TERMS - 1 - step // steps  # smallest terms first
+        k = (step % steps) * BK
+        x = x_desc.load([row, head * D + k])
+        w = w_desc.load([(term * heads + head) * D + k, column])
+        acc = tl.dot(x, w, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def _best_groups(scores, GROUPS: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr):
     """Minus infinity outside the KEEP groups whose two best scores have the largest sum (DeepSeek-V3, eq. 16)."""
-    width: tl.constexpr = BE // GROUPS
-    cube = scores.reshape(BM, GROUPS, width)
-    inside = tl.arange(0, width)[None, None, :]
-    first = tl.max(cube, axis=2)
-    place = tl.min(tl.where(cube == first[:, :, None], inside, width), axis=2)
-    value = first + tl.max(tl.where(inside == place[:, :, None], float("-inf"), cube), axis=2)
-    group = tl.arange(0, GROUPS)[None, :]
-    value = tl.maximum(value, LOWEST)
-    chosen = group < 0
+    column = tl.arange(0, BE)[None, :]
+    group = column // (BE // GROUPS)
+    slot = tl.arange(0, GROUPS)[None, :]
+    values = tl.full((BM, GROUPS), float("-inf"), tl.float32)
+    for g in tl.static_range(GROUPS):
+        own = tl.where(group == g, scores, float("-inf"))
+        first = tl.max(own, axis=1)
+        place = tl.min(tl.where(own == first[:, None], column, BE), axis=1)
+        second = tl.max(tl.where(column == place[:, None], float("-inf"), own), axis=1)
+        values = tl.where(slot == g, tl.maximum(first + second, LOWEST)[:, None], values)
+    kept = tl.zeros((BM, GROUPS), tl.int32)
     for _ in tl.static_range(KEEP):
-        best = tl.max(value, axis=1)
-        taken = tl.min(tl.where(value == best[:, None], group, GROUPS), axis=1)
-        chosen = chosen | (group == taken[:, None])
-        value = tl.where(group == taken[:, None], float("-inf"), value)
-    return tl.where(chosen[:, :, None], cube, float("-inf")).reshape(BM, BE)
+        best = tl.max(values, axis=1)[:, None]
+        taken = slot == tl.min(tl.where(values == best, slot, GROUPS), axis=1)[:, None]
+        kept = tl.where(taken, 1, kept)
+        values = tl.where(taken, float("-inf"), values)
+    for g in tl.static_range(GROUPS):
+        allowed = tl.max(tl.where(slot == g, kept, 0), axis=1)[:, None] > 0
+        scores = tl.where((group == g) & ~allowed, float("-inf"), scores)
+    return scores
 
 
 @triton.jit
@@ -94,14 +100,14 @@ def choose_kernel(
 
 
 @triton.jit
-def _spread(ids_ptr, grad_ptr, rows, head, heads, column, N, K: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr):
-    """Gradient of the scores (ROWS, BE), dense, from the K entries of each row."""
-    total = tl.zeros((ROWS, BE), tl.float32)
+def _spread(ids_ptr, grad_ptr, rows, head, heads, column, N, K: tl.constexpr):
+    """Gradient of the scores, dense, from the K entries of each row; rows and column broadcast against each other."""
+    total = tl.zeros(tl.broadcast(rows, column)[0].shape, tl.float32)
     place = (rows.to(tl.int64) * heads + head) * K
     for j in tl.static_range(K):
         chosen = tl.load(ids_ptr + place + j, mask=rows < N, other=-1).to(tl.int32)
         grad = tl.load(grad_ptr + place + j, mask=rows < N, other=0.0)
-        total += tl.where(chosen[:, None] == column[None, :], grad[:, None], 0.0)
+        total += tl.where(chosen == column, grad, 0.0)
     return total
 
 
@@ -116,17 +122,18 @@ def token_grad_kernel(
     """
     row, head, d = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2) * BD
     rows = row + tl.arange(0, BM)
-    acc = tl.zeros((BM, BD), tl.float32)
+    acc = tl.zeros((BD, BM), tl.float32)
     dtype: tl.constexpr = dx_desc.dtype
     for first in tl.range(0, E, BE):
-        grad = _spread(ids_ptr, grad_ptr, rows, head, heads, first + tl.arange(0, BE), N, K, BM, BE)
+        column = first + tl.arange(0, BE)[:, None]
+        grad = _spread(ids_ptr, grad_ptr, rows[None, :], head, heads, column, N, K)
         high = grad.to(dtype)
-        w = w_desc.load([head * D + d, first]).T
-        acc = tl.dot(high, w, acc, input_precision="ieee")
+        w = w_desc.load([head * D + d, first])
+        acc = tl.dot(w, high, acc, input_precision="ieee")
         if TERMS > 1:
-            acc = tl.dot((grad - high.to(tl.float32)).to(dtype), w, acc, input_precision="ieee")
-            acc = tl.dot(high, w_desc.load([(heads + head) * D + d, first]).T, acc, input_precision="ieee")
-    dx_desc.store([row, head * D + d], acc.to(dtype))
+            acc = tl.dot(w, (grad - high.to(tl.float32)).to(dtype), acc, input_precision="ieee")
+            acc = tl.dot(w_desc.load([(heads + head) * D + d, first]), high, acc, input_precision="ieee")
+    dx_desc.store([row, head * D + d], acc.to(dtype).T)
 
 
 @triton.jit
@@ -144,7 +151,8 @@ def router_grad_kernel(
     column = e + tl.arange(0, BE)
     acc = tl.zeros((BD, BE), tl.float32)
     for row in tl.range(split * span, tl.minimum((split + 1) * span, N), BN):
-        grad = _spread(ids_ptr, grad_ptr, row + tl.arange(0, BN), head, heads, column, N, K, BN, BE)
+        rows = row + tl.arange(0, BN)[:, None]
+        grad = _spread(ids_ptr, grad_ptr, rows, head, heads, column[None, :], N, K)
         x = x_desc.load([row, head * D + d]).T
         high = grad.to(x.dtype)
         acc = tl.dot(x, high, acc, input_precision="ieee")
