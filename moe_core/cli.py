@@ -140,6 +140,27 @@ def bench_router(
     _emit(report, as_json, lambda: print(*table_lines(report["rows"]), sep="\n"))
 
 
+@bench_app.command(name="layer")
+def bench_layer(
+    configs: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Whose layer; default: few-experts many-experts.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, metavar="T", help="Tokens.")] = 2048,
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Precision.")] = "float32",
+    skew: Annotated[str | None, typer.Option(metavar="SKEW", help="Of the choices; default: the router's own.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; medians are reported.")] = 9,
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One layer on one device, forward and backward, fused operations beside plain ones."""
+    from ..backends.registry import load
+    from . import bench_layer as module
+
+    request = module.LayerRequest(tuple(configs or module.SHAPES), tokens, module.precision(dtype), skew, repeats)
+    report = module.run(load(backend), request)
+    _emit(report, as_json, lambda: print(*table_lines(report["rows"]), sep="\n"))
+
+
 Testbed = Annotated[
     str | None, typer.Option("--testbed", metavar="NODESxRANKS", help="Nodes as network namespaces, for example 2x2.")
 ]
