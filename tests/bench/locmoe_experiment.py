@@ -70,38 +70,54 @@ class Cell:
 
 GRAP = (("score_scale", "sqrt"),)
 GROUPS = (("num_groups", NODES), ("inner_router", "topk"))
+RANDOM = (("num_groups", NODES), ("inner_router", "random"))
 
 
 def cells() -> Iterator[Cell]:
     """The most telling first: a run that is cut short still says something."""
-    for seed in range(5):
-        yield Cell(seed=seed)
-        yield Cell(mu=0.1, ramp=0.3, seed=seed)
-        if seed < 3:
-            yield Cell(mu=0.1, assignment="by_affinity", ramp=0.3, seed=seed)
-            yield Cell("grap", mu=0.1, ramp=0.3, seed=seed, more=GRAP)
-            yield Cell("hierarchical", seed=seed, more=GROUPS)
-            yield Cell(mu=0.03, ramp=0.3, seed=seed)
-            yield Cell(mu=0.3, ramp=0.3, seed=seed)
-        if seed < 2:
-            yield Cell("topk", 2, seed=seed)
-            yield Cell("topk", 2, mu=0.1, ramp=0.3, seed=seed)
-            yield Cell("grap", seed=seed, more=GRAP)
-            yield Cell(mu=0.1, seed=seed)
-            yield Cell(mu=0.1, assignment="round_robin", ramp=0.3, seed=seed)
-            yield Cell(mu=0.3, ramp=0.3, gradient="router", seed=seed)
-            yield Cell(mu=0.1, ramp=0.3, scope="sequence", seed=seed)
-            yield Cell("expert_token_resonance", mu=0.1, ramp=0.3, seed=seed, more=(*GRAP, ("capacity_factor", "1.25")))
-            yield Cell("hash", seed=seed)
-            yield Cell("hierarchical", seed=seed, more=(("num_groups", NODES), ("inner_router", "random")))
-            yield Cell(mu=0.2, ramp=0.3, seed=seed)
+    for seeds in ((0,), (1, 2), (3, 4)):
+        for seed in seeds:
+            yield from main_cells(seed)
+        if seeds[0] < 3:
+            for seed in seeds[:1]:
+                yield from other_cells(seed)
     for seed in range(2):
         yield Cell(seed=seed, steps=2400)
         yield Cell(mu=0.1, ramp=0.3, seed=seed, steps=2400)
-    for seed in range(3, 5):
-        yield Cell(mu=0.1, assignment="by_affinity", ramp=0.3, seed=seed)
-        yield Cell("grap", mu=0.1, ramp=0.3, seed=seed, more=GRAP)
-        yield Cell("hierarchical", seed=seed, more=GROUPS)
+    for seed in range(5):
+        yield Cell("hash", seed=seed)
+        yield Cell("hierarchical", seed=seed, more=RANDOM)
+    for seed in range(3):
+        yield Cell("hierarchical", seed=seed, more=(("num_groups", NODES), ("inner_router", "grap"), *GRAP))
+    for seed in range(2):
+        yield Cell("hierarchical", 2, seed=seed, more=GROUPS)
+        yield Cell("grap", mu=0.3, ramp=0.3, seed=seed, more=GRAP)
+
+
+def main_cells(seed: int) -> Iterator[Cell]:
+    """Switch, LocMoE's gate and PanGu-Sigma's domain level, with locality by domain and by affinity."""
+    yield Cell(seed=seed)
+    yield Cell(mu=0.1, ramp=0.3, seed=seed)
+    yield Cell(mu=0.1, assignment="by_affinity", ramp=0.3, seed=seed)
+    yield Cell("grap", mu=0.1, ramp=0.3, seed=seed, more=GRAP)
+    yield Cell("hierarchical", seed=seed, more=GROUPS)
+
+
+def other_cells(seed: int) -> Iterator[Cell]:
+    """Other routers and coefficients, the control, no ramp, gradient to the router only, each sequence for itself."""
+    yield Cell(mu=0.3, ramp=0.3, seed=seed)
+    yield Cell(mu=0.03, ramp=0.3, seed=seed)
+    yield Cell("topk", 2, seed=seed)
+    yield Cell("topk", 2, mu=0.1, ramp=0.3, seed=seed)
+    yield Cell(mu=0.1, assignment="round_robin", ramp=0.3, seed=seed)
+    yield Cell("hash", seed=seed)
+    yield Cell(mu=0.3, ramp=0.3, gradient="router", seed=seed)
+    yield Cell(mu=0.1, seed=seed)
+    yield Cell("hierarchical", seed=seed, more=RANDOM)
+    yield Cell("expert_token_resonance", mu=0.1, ramp=0.3, seed=seed, more=(*GRAP, ("capacity_factor", "1.25")))
+    yield Cell("grap", seed=seed, more=GRAP)
+    yield Cell(mu=0.1, ramp=0.3, scope="sequence", seed=seed)
+    yield Cell(mu=0.2, ramp=0.3, seed=seed)
 
 
 def config_of(cell: Cell) -> Config:
@@ -203,11 +219,13 @@ def run_cells(out: Path, minutes: float) -> None:
 # --- report ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Line:
-    """A setting over its seeds. difference: validation loss against switch without locality, same seed, in percent."""
+    """A setting over its seeds. Differences in percent of validation loss, same seed: against switch without locality,
+    and against the same router without locality (where that was run)."""
 
     setting: str
     results: Sequence[dict[str, Any]]
     differences: Sequence[float]
+    own_differences: Sequence[float]
 
     def mean(self, key: str) -> float:
         return statistics.mean(r[key] for r in self.results)
@@ -228,18 +246,29 @@ class Line:
 def lines(out: Path) -> list[Line]:
     """Settings with at least one seed whose baseline is there, best local share first."""
     results = [json.loads(f.read_text()) for f in sorted(out.glob("*.json"))]
-    base = {
-        (r["seed"], r["steps"]): r["validation_loss"] for r in results if r["router"] == "switch" and r["mu"] == 0.0
-    }
+    losses = {_gate(r): r["validation_loss"] for r in results if r["mu"] == 0.0}
     grouped: dict[str, list[dict[str, Any]]] = {}
     for r in results:
-        if (r["seed"], r["steps"]) in base:
+        if _switch(r) in losses:
             grouped.setdefault(r["setting"], []).append(r)
-    made = [
-        Line(s, rs, [100 * (r["validation_loss"] / base[r["seed"], r["steps"]] - 1) for r in rs])
-        for s, rs in grouped.items()
-    ]
+    made = []
+    for setting, members in grouped.items():
+        own = [_percent(r, losses[_gate(r)]) for r in members if r["mu"] and _gate(r) in losses]
+        made.append(Line(setting, members, [_percent(r, losses[_switch(r)]) for r in members], own))
     return sorted(made, key=lambda line: -line.local)
+
+
+def _gate(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run shares with the run of the same router without locality."""
+    return result["router"], result["top_k"], str(result["more"]), result["seed"], result["steps"]
+
+
+def _switch(result: dict[str, Any]) -> tuple[Any, ...]:
+    return "switch", 1, "[]", result["seed"], result["steps"]
+
+
+def _percent(result: dict[str, Any], base: float) -> float:
+    return 100 * (result["validation_loss"] / base - 1)
 
 
 def front(found: Sequence[Line]) -> list[Line]:
@@ -255,10 +284,11 @@ def table(found: Sequence[Line]) -> list[str]:
     for line in found:
         layers = " ".join(f"{np.mean([r['local_share'][i] for r in line.results]):.2f}" for i in range(3))
         spread = "-" if math.isnan(line.spread) else f"{line.spread:.2f}"
+        own = f"{statistics.mean(line.own_differences):+.2f}" if line.own_differences else "-"
         name = f"**{line.setting}**" if line in best else line.setting
         rows.append(
             f"| {name} | {len(line.results)} | {line.mean('validation_loss'):.4f} | {line.difference:+.2f} | "
-            f"{spread} | {line.local:.3f} | {layers} | {line.mean('rows_crossing_per_token'):.3f} | "
+            f"{spread} | {own} | {line.local:.3f} | {layers} | {line.mean('rows_crossing_per_token'):.3f} | "
             f"{line.mean('load_max_over_mean'):.2f} | {100 * line.mean('drop_rate'):.1f} |"
         )
     return rows
@@ -309,8 +339,8 @@ def router_times() -> list[str]:
 
 
 HEAD = (
-    "| setting | seeds | validation loss | difference, % | spread | local | by layer | rows crossing | max/mean "
-    "| dropped, % |"
+    "| setting | seeds | validation loss | difference, % | spread | own, % | local | by layer | rows crossing "
+    "| max/mean | dropped, % |"
 )
 
 
@@ -318,7 +348,7 @@ def report(out: Path, page: Path) -> None:
     """Replace what stands between the marks of the page, and draw the front beside it."""
     begin, end = "<!-- measured -->", "<!-- end -->"
     found = lines(out)
-    measured = [HEAD, "|" + "---|" * 10, *table(found), ""]
+    measured = [HEAD, "|" + "---|" * 11, *table(found), ""]
     measured += ["| router | ms | plain softmax and top-k, ms |", "|---|---|---|", *router_times()]
     text = page.read_text(encoding="utf-8")
     before, after = text.split(begin)[0], text.split(end)[1]
