@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..backends.protocol import Communicator, Component, DType, Group, Parameter, Piece, TrainOptions
-from .build import LayerSpec, Runtime, build_layer, make_runtime
+from .build import LayerParts, LayerSpec, Runtime, build_layer, make_runtime
 from .config import MoeConfig, ParallelConfig
 from .layer import MoEOutput
 from .mesh import Mesh
 from .parameters import take_part
+from .placement import PlacedLayer, exchange_rows, exchanged, move_of, placed_parameters, rank_of_expert
 from .routing.base import Memo, Tokens, times
 from .transformer import scoped
 
@@ -195,11 +196,32 @@ def run_steps(case: Case, problem: Problem, backend: Any, runtime: Runtime) -> l
     groups = {**runtime.groups, "self": Group("self", (runtime.comm.rank,), 0)}
     options = TrainOptions(dtype=case.dtype, eps=1e-8 if case.dtype == "float64" else 1e-3, optimizer=case.optimizer)  # type: ignore[arg-type]
     state = backend.trainer.build([component], options, groups, runtime.comm)
-    return [_one_step(case, problem, backend, state, mine, parameters) for _ in range(case.steps)]
+    specs, results = {p.name: p for p in parameters}, []
+    for step in range(case.steps):
+        if step and case.parallel.placement == "swap":
+            specs = _swap_ends(parts, specs, backend, state, runtime, step)
+        results.append(_one_step(case, problem, backend, state, mine, specs))
+    return results
+
+
+def _swap_ends(
+    parts: LayerParts, specs: dict[str, Parameter], backend: Any, state: Any, runtime: Runtime, updates: int
+) -> dict[str, Parameter]:
+    """Between two steps the first and the last expert change places; the parameters as they lie then."""
+    planner, group = getattr(parts.layer, "planner", None), runtime.groups["expert"]
+    if group.size == 1 or planner is None:
+        return specs
+    layer = PlacedLayer("moe.", planner, tuple(sorted(n for n, p in specs.items() if p.pieces)))
+    last = len(rank_of_expert(planner.owned_RC)) - 1
+    move = move_of(layer, 0, last, group.index)
+    moves = [] if move is None else [move]
+    exchange_rows(backend.ops, backend.trainer, state, runtime.comm, group, moves, updates)
+    planner.owned_RC = exchanged(planner.owned_RC, 0, last)
+    return placed_parameters(specs, [layer], group.index)
 
 
 def _one_step(
-    case: Case, problem: Problem, backend: Any, state: Any, mine: tuple[int, ...], parameters: list[Parameter]
+    case: Case, problem: Problem, backend: Any, state: Any, mine: tuple[int, ...], specs: dict[str, Parameter]
 ) -> StepResult:
     ops, trainer = backend.ops, backend.trainer
     size = max(1, len(mine) // case.micro_batches)
@@ -228,7 +250,7 @@ def _one_step(
     norm = trainer.clip_gradients(state, MAX_NORM)
     trainer.step(state, LEARNING_RATE)
     params = {name: value for name, kind, value in trainer.tensors(state) if kind == "parameter"}
-    return StepResult(y, grads, {p.name: p for p in parameters}, losses, norm, params)
+    return StepResult(y, grads, specs, losses, norm, params)
 
 
 _COEFFICIENT = {"load_balance": "aux_loss_coeff", "z": "z_loss_coeff", "locality": "locality_loss_coeff"}

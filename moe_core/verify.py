@@ -40,7 +40,7 @@ SCHEMES: Mapping[str, dict[str, Any]] = {
     "llep_sharded": {"planner": "least_loaded", "residency": "fully_sharded", **_EAGER, "slots_per_rank": 4},
     "laer": {"planner": "relayout", "residency": "fully_sharded", **_MOVING},
     "laer_borrowed": {"planner": "relayout", "residency": "borrowed", **_MOVING},
-    "hiermoe": {"transport": "hierarchical_dedup"},
+    "hiermoe": {"transport": "hierarchical_dedup", "placement": "swap"},
 }
 """How experts are planned and kept; the transport is an axis of its own."""
 
@@ -63,7 +63,9 @@ TRANSPORTS: Mapping[str, dict[str, Any]] = {
     "flat": {},
     "hierarchical_dedup": {"transport": "hierarchical_dedup"},
     "hierarchical": {"transport": "hierarchical_dedup", "deduplicate": False},
+    "groupwise": {"transport": "groupwise"},
 }
+TENSOR_SIZES = (1, 2)
 
 
 UNEQUAL = ("idle_rank", "uneven")
@@ -80,24 +82,32 @@ class Labelled:
 
 def all_cases(world: int, dtype: str) -> Iterator[Labelled]:
     """Every legal case of `world` ranks."""
-    meshes = [(e, h) for h in range(1, world + 1) for e in range(1, world + 1) if world % (e * h) == 0]
+    sizes = range(1, world + 1)
+    meshes = [(e, h, t) for t in TENSOR_SIZES for h in sizes for e in sizes if world % (e * h * t) == 0]
     work = [(False, 1), (True, 2)]
-    for moe, scheme, transport, routing, (expert, head), (recompute, micro) in itertools.product(
+    for moe, scheme, transport, routing, mesh, (recompute, micro) in itertools.product(
         MOES, SCHEMES, TRANSPORTS, ROUTINGS, meshes, work
     ):
-        if head > 1 and routing in UNEQUAL:
+        if mesh[1] > 1 and routing in UNEQUAL:
             continue
-        labelled = make_case(moe, scheme, transport, routing, (expert, head), dtype, recompute, micro)
-        if labelled is not None and expert <= labelled.case.moe.num_experts:
+        labelled = make_case(moe, scheme, transport, routing, mesh, dtype, recompute, micro)
+        if labelled is not None and mesh[0] <= labelled.case.moe.num_experts:
             yield labelled
 
 
 def make_case(
-    moe: str, scheme: str, transport: str, routing: str, sizes: tuple[int, int], dtype: str, recompute: bool, micro: int
+    moe: str,
+    scheme: str,
+    transport: str,
+    routing: str,
+    sizes: tuple[int, int, int],
+    dtype: str,
+    recompute: bool,
+    micro: int,
 ) -> Labelled | None:
-    """None where the options do not combine, or would name a case that another name has. sizes: expert, head."""
-    expert, head = sizes
-    how = {**SCHEMES[scheme], **TRANSPORTS[transport], "head_parallel_size": head}
+    """None where options do not combine, or would name a case that another name has. sizes: expert, head, tensor."""
+    expert, head, tensor = sizes
+    how = {**SCHEMES[scheme], **TRANSPORTS[transport], "head_parallel_size": head, "tensor_parallel_size": tensor}
     if scheme == "hiermoe" and transport != "hierarchical_dedup":
         return None
     config = MoeConfig(**{"expert_hidden_size": 6, "aux_loss_coeff": 0.02, **MOES[moe]})
@@ -106,7 +116,7 @@ def make_case(
         check_combinations(Config(moe=config, parallel=parallel))
     except ConfigError:
         return None
-    case = Case(config, parallel, expert=expert, head=head, routing=routing, recompute=recompute, micro_batches=micro)
+    case = Case(config, parallel, expert, head, tensor, routing, recompute=recompute, micro_batches=micro)
     one_step = {"optimizer": "sgd", "steps": 1} if dtype == "bfloat16" else {}
     case = replace(case, dtype=dtype, **one_step)  # type: ignore[arg-type]
     axes = {
@@ -121,6 +131,7 @@ def make_case(
         "routing": routing,
         "expert_parallel_size": str(expert),
         "head_parallel_size": str(head),
+        "tensor_parallel_size": str(tensor),
         "recompute": "experts" if recompute else "none",
     }
     return Labelled(case, tuple(axes.items()))
@@ -164,11 +175,11 @@ def pairwise_cover(candidates: Sequence[Labelled], covered: set[tuple[Any, ...]]
     return chosen
 
 
-def nominal_cluster(ranks: int) -> ClusterConfig:
-    """Pairs of ranks as nodes, so that hierarchical exchanges have levels to use."""
+def nominal_cluster(ranks: int, tensor: int = 1) -> ClusterConfig:
+    """Pairs of an expert group's ranks as nodes, so that hierarchical exchanges have levels to use."""
     if ranks < 4:
         return ClusterConfig()
-    return ClusterConfig(name="pairs", levels=(LevelConfig(name="node", size=2), LevelConfig(name="host")))
+    return ClusterConfig(name="pairs", levels=(LevelConfig(name="node", size=2 * tensor), LevelConfig(name="host")))
 
 
 class Runtimes:
@@ -183,7 +194,7 @@ class Runtimes:
         key = (case.expert, case.head, case.tensor, hierarchical)
         if key not in self._made:
             mesh = Mesh.over(self._comm.size, case.expert, case.head, case.tensor)
-            cluster = nominal_cluster(case.expert)
+            cluster = nominal_cluster(case.expert, case.tensor)
             self._made[key] = make_runtime(self._backend.ops, self._comm, mesh, case.parallel, cluster)
         return self._made[key]
 

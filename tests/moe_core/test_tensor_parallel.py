@@ -51,7 +51,7 @@ def test_a_layer_is_that_of_the_oracle(how: str, world: int, expert: int, tensor
 
         def rank(comm: Communicator, case: Case = case) -> str:
             mesh = Mesh.over(world, expert, 1, tensor)
-            runtime = make_runtime(reference.ops, comm, mesh, case.parallel, nominal_cluster(expert))
+            runtime = make_runtime(reference.ops, comm, mesh, case.parallel, nominal_cluster(expert, tensor))
             report = check_case(case, reference, runtime)
             return "" if report.passed(1e-10) else f"{case.name}: {report.where} differs by {report.worst}"
 

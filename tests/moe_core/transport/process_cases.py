@@ -38,7 +38,7 @@ def run(backend: Backend, launch: Launch, dtype: str, ranks_per_node: int) -> di
         for routing in ("random", "idle_rank"):
             case = Case(moe, ParallelConfig(**parallel), expert=expert, tensor=tensor, routing=routing, dtype=dtype)  # type: ignore[arg-type]
             mesh = Mesh.over(launch.size, expert, 1, tensor)
-            runtime = make_runtime(backend.ops, comm, mesh, case.parallel, nominal_cluster(expert))
+            runtime = make_runtime(backend.ops, comm, mesh, case.parallel, nominal_cluster(expert, tensor))
             report = check_case(case, backend, runtime)
             found[f"{name} {routing}"] = [report.worst, report.where, report.zeros_ok]
     comm.close()
