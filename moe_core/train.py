@@ -28,11 +28,14 @@ from .model import Model, StepOutput, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
 from .placement import PlacedLayer, placed_layers, placed_parameters, restore_placements
 from .router_states import RouterStates
+from .routing.arrangement import Arrangement, arrangement_of
+from .routing.finite import NonFiniteWatch
 from .run_folder import model_hash
 from .swapping import Swapper, swapper_of
 from .topology import cluster_of_launch
 
-SCALARS = ("cross_entropy", "loss/load_balance", "loss/z", "loss/locality", "rows/sent", "rows/computed", "rows/local")
+LOSSES = ("loss/load_balance", "loss/z", "loss/locality", "loss/entropy")
+SCALARS = ("cross_entropy", *LOSSES, "rows/sent", "rows/computed", "rows/local", "nan_tokens")
 
 
 def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume: str | None = None) -> dict[str, Any]:
@@ -87,6 +90,8 @@ class Session:
     model: Model
     state: State
     router_states: RouterStates
+    arrangement: Arrangement
+    watch: NonFiniteWatch
     data: Data
     run_dir: Path
     base_memory: int
@@ -115,7 +120,11 @@ class Session:
         base = backend.trainer.peak_memory(reset=True)
         swapper = swapper_of(config, runtime, model)
         routers = RouterStates(model.routers)
-        return cls(config, backend, comm, runtime, model, state, routers, data, run_dir, base, swapper=swapper)
+        arrangement = arrangement_of(config, runtime.mesh.token_ranks)
+        arrangement.arrange(data.batch(0))
+        watch = NonFiniteWatch(config.moe.nan_policy, comm.rank, model.moe_layers, train.sequence_length)
+        own = (routers, arrangement, watch, data, run_dir, base)
+        return cls(config, backend, comm, runtime, model, state, *own, swapper=swapper)
 
     # --- the loop ----------------------------------------------------------------------------
     def train(self) -> dict[str, Any]:
@@ -147,7 +156,7 @@ class Session:
         config, trainer = self.config, self.backend.trainer
         start, phases = time.perf_counter(), Phases(self.backend.trainer)
         with phases("data"):
-            batch = self.data.batch(self.step)
+            batch = self.arrangement.arrange(self.data.batch(self.step))
             mine = batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks)
         totals = StepTotals()
         with phases("forward_backward"):
@@ -155,6 +164,8 @@ class Session:
                 _, output = trainer.accumulate(self.state, lambda m=micro: self._loss(m))
                 totals.add(self.backend.ops, output, self.runtime.groups["expert"].index)
                 self.router_states.add(self.backend.ops, output.stats)
+                self.arrangement.observe(self.backend.ops, [s.statistics for s in output.stats])
+                totals.scalars["nan_tokens"] += self.watch.add(self.backend.ops, output.stats)
                 if self.swapper is not None and self.swapper.wants(self.step):
                     self.swapper.observe(output.stats)
         with phases("reduce"):
@@ -163,11 +174,13 @@ class Session:
         rate = learning_rate(config, self.step)
         with phases("optimizer"):
             trainer.step(self.state, rate)
-            self.router_states.update(self.comm, self.runtime.groups["world"], self.runtime.mesh.tensor)
+            for learns in (self.router_states, self.arrangement):
+                learns.update(self.comm, self.runtime.groups["world"], self.runtime.mesh.tensor)
         if self.swapper is not None:
             with phases("swap"):
                 self.swapper.after_step(trainer, self.state, self.step + 1)
         summary = self._gather(totals)
+        self.watch.judge(summary.scalars["nan_tokens"])
         self.stop_requested = summary.flags > 0
         self.step += 1
         return self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
@@ -272,6 +285,7 @@ class Session:
             "world_size": self.comm.size,
             "losses": self.losses,
             "router_states": self.router_states.as_json(),
+            "arrangement": self.arrangement.as_json(),
             "placements": [layer.planner.owned_RC.tolist() for layer in self._placed],
         }
 
@@ -289,6 +303,7 @@ class Session:
         restore_placements(self._placed, checkpoint.manifest.get("placements", []))
         self.backend.trainer.load_tensors(self.state, checkpoint.values(self._parameters), checkpoint.step)
         self.router_states.restore(checkpoint.manifest.get("router_states", {}))
+        self.arrangement.restore(checkpoint.manifest.get("arrangement", {}))
         self.step = checkpoint.step
         self.losses = list(checkpoint.manifest["losses"])
 

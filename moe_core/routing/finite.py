@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,30 @@ def describe_non_finite(ops: Ops, nan_T: Array, rank: int, layer: int, length: i
     sequence, position = divmod(int(where[0]), max(length, 1))
     more = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
     return f"rank {rank}, layer {layer}, sequence {sequence} position {position}{more}"
+
+
+class NonFiniteWatch:
+    """Names the tokens of a rank that were not finite, micro-batch by micro-batch, until the step is judged."""
+
+    def __init__(self, policy: str, rank: int, layers: Sequence[int], length: int) -> None:
+        self._policy, self._rank, self._layers, self._length = policy, rank, layers, length
+        self._found: list[str | None] = []
+
+    def add(self, ops: Ops, stats: Sequence[Any]) -> int:
+        """Look at the stats of all MoE layers; how many tokens were found (a copy to the host per layer)."""
+        number = 0
+        for layer, seen in zip(self._layers, stats, strict=True):
+            here = int(ops.to_numpy(seen.statistics[NAN_TOKENS])[0]) if NAN_TOKENS in seen.statistics else 0
+            if here:
+                self._found.append(describe_non_finite(ops, seen.nan_T, self._rank, layer, self._length))
+            number += here
+        return number
+
+    def judge(self, number: float) -> None:
+        """number: tokens found on all ranks. NonFiniteError on every rank under nan_policy raise."""
+        if number and self._policy == "raise":
+            raise_non_finite(self._found)
+        self._found = []
 
 
 def raise_non_finite(found: Sequence[str | None]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from twinmoe.backends.reference.comm import run_ranks
 from twinmoe.backends.registry import Backend, load
+from twinmoe.moe_core.config import Config
 from twinmoe.moe_core.data import GlobalBatch
-from twinmoe.moe_core.routing.arrangement import Arrangement
+from twinmoe.moe_core.routing.arrangement import Arrangement, arrangement_of
 from twinmoe.testing.moe_core.routing.support import gate_logits, settings
 
 SEQUENCES, LENGTH = 4, 6
@@ -56,7 +58,7 @@ def test_affinity_learns_where_tokens_go(home: Backend) -> None:
     learnt = arrangement.arrange(batch())
     assert local_rows(home, learnt) == 24
     again = Arrangement("by_affinity", 2, 32)
-    again.load(arrangement.state())
+    again.restore(json.loads(json.dumps(arrangement.as_json())))
     np.testing.assert_array_equal(again.arrange(batch()).domain_S, learnt.domain_S)
 
 
@@ -85,4 +87,24 @@ def test_modes_without_a_table_observe_nothing(home: Backend) -> None:
     arrangement = Arrangement("by_domain", 2, 32)
     arrangement.observe(home.ops, [{}])
     run_ranks(1, lambda comm: arrangement.update(comm, comm.group("world", [[0]])))
-    assert arrangement.state() == {}
+    assert arrangement.as_json() == {}
+    arrangement.restore({})
+
+
+def config(mode: str, nodes: int) -> Config:
+    return Config.model_validate({"moe": {"locality_nodes": nodes}, "parallel": {"data_assignment": mode}})
+
+
+def test_without_virtual_nodes_ranks_do_not_show_in_positions() -> None:
+    drawn = arrangement_of(config("round_robin", 1), token_ranks=4).arrange(batch())
+    assert drawn.positions_S.tolist() == [0, 1, 2, 3]
+    by_domain = arrangement_of(config("by_domain", 1), token_ranks=2).arrange(batch())
+    assert by_domain.positions_S.tolist() == [0, 2, 1, 3]
+    with pytest.raises(ValueError, match=r"set moe\.locality_nodes to 2 or more"):
+        arrangement_of(config("by_affinity", 1), token_ranks=4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_with_virtual_nodes_the_order_does_not_depend_on_ranks(ranks: int) -> None:
+    arranged = arrangement_of(config("by_domain", 2), token_ranks=ranks).arrange(batch())
+    assert arranged.domain_S.tolist() == [0, 0, 1, 1]
