@@ -35,10 +35,10 @@ train: $(BASE)
 	$(TWINMOE) train quickstart $(TRAIN_ARGS)
 
 test: $(DEV)
-	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-all: $(DEV)
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	$(PY) -m pytest -q --hypothesis-profile=searching -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: $(DEV) links
 	$(PY) -m ruff check .

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 from twinmoe.backends import registry
+
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("searching", deadline=None, print_blob=True)
+if hypothesis.settings.get_current_profile_name() == "default":  # --hypothesis-profile=searching draws new examples
+    hypothesis.settings.load_profile("steady")
 
 BACKENDS = ("cpu", "mindspore-cpu", "cuda")
 
