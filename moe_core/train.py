@@ -31,6 +31,7 @@ from .router_states import RouterStates
 from .routing.arrangement import Arrangement, arrangement_of
 from .routing.finite import NonFiniteWatch
 from .run_folder import model_hash
+from .shared_folder import check_shared
 from .swapping import Swapper, swapper_of
 from .topology import cluster_of_launch
 
@@ -105,6 +106,7 @@ class Session:
         """Data, mesh, model and optimizer of this rank."""
         data = open_data(config.data, config.train)
         runtime = make_runtime(backend.ops, comm, mesh_of(config, comm.size), config.parallel, config.cluster)
+        check_shared(comm, runtime.groups["world"], run_dir)
         data.batch(0).for_rank(0, runtime.mesh.token_ranks)
         model = build_model(config, runtime)
         train = config.train
