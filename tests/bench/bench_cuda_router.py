@@ -52,7 +52,8 @@ def check(shape: Shape, precision: Precision) -> dict[str, float]:
     x, w, bias, grad = make(shape)
     logits, ids = router_topk(x, w, bias, Selection(shape.top_k, precision=precision))
     again = router_topk(x, w, bias, Selection(shape.top_k, precision=precision))
-    assert torch.equal(ids, again[1]) and torch.equal(logits, again[0]), "two runs differ"
+    assert torch.equal(ids, again[1]), "two runs chose differently"
+    assert torch.equal(logits, again[0]), "two runs differ"
     head = slice(0, 2048)
     exact = torch.einsum("nhd,hde->nhe", x[head].double(), w.double())
     best = (exact + bias).sort(dim=-1, descending=True, stable=True).indices[..., : shape.top_k]
