@@ -1,9 +1,9 @@
 """Runs of rows times matrices on the host, by the faster of torch's two libraries.
 
 torch multiplies float32 matrices with MKL, whose AVX-512 kernels are for Intel's processors alone; on others oneDNN,
-which torch also carries, is about twice as fast. It compiles kernels for every shape and keeps them, half a megabyte
-each, so it is given few numbers of rows: multiples of STEP up to MOST. The rest of a run is MKL's, unless it is long
-and neighbouring rows widen it; their results are dropped.
+which torch also carries, is about twice as fast. It compiles kernels for every shape and keeps them, about a megabyte
+each, so it is given few numbers of rows (WIDTHS). The rest of a run is MKL's, unless it is long and neighbouring rows
+widen it; their results are dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEP, MOST = 64, 512
+WIDTHS = (64, 128, 192, 256, 512)
+STEP = WIDTHS[0]
 SHORT = 24
 """A rest of so many rows is faster in MKL than widened to STEP."""
 NARROW = 32
@@ -65,7 +66,7 @@ class Runs:
         for group, rows in enumerate(sizes):
             last = first + rows
             while one_dnn and last - first > SHORT:
-                width = min(MOST, (last - first + STEP - SHORT - 1) // STEP * STEP)
+                width = _width(last - first + STEP - SHORT - 1)
                 start = min(first, num_rows - width)
                 if start < 0:
                     break
@@ -105,7 +106,7 @@ def outer_products(x_ND: Tensor, d_NF: Tensor, runs: Runs, w_GDF: Tensor) -> Ten
     for x, d, out in parts:
         rows, first = x.shape[1], 0
         while runs.pieces and rows - first >= STEP:
-            width = min(MOST, (rows - first) // STEP * STEP)
+            width = _width(rows - first)
             part = _one_dnn_product(x.narrow(1, first, width), d.narrow(1, first, width))
             out.add_(part) if first else out.copy_(part)
             first += width
@@ -114,6 +115,11 @@ def outer_products(x_ND: Tensor, d_NF: Tensor, runs: Runs, w_GDF: Tensor) -> Ten
         else:
             torch.mm(x, d.t(), out=out)
     return d_w
+
+
+def _width(rows: int) -> int:
+    """The largest width that fits."""
+    return max(width for width in WIDTHS if width <= rows)
 
 
 def _one_dnn_product(a_ND: Tensor, w_FD: Tensor) -> Tensor:
