@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def quickstart(steps: int) -> dict[str, Any]:
     losses, seconds = {}, {}
     for backend in ("cuda", "cpu"):
         start = time.perf_counter()
-        found = run_processes(1, "twinmoe.testing.end_to_end.targets:train", {"configs": [config]}, backend, 300)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = {"configs": [config], "folder": folder}
+            found = run_processes(1, "twinmoe.testing.end_to_end.targets:train", arguments, backend, 300)
         losses[backend], seconds[backend] = found["summaries"][0]["losses"], time.perf_counter() - start
     worst = max(abs(a / b - 1) for a, b in zip(losses["cuda"], losses["cpu"]))
     result = {"steps": steps, "largest_relative_difference": worst, "losses": losses, "seconds": seconds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from twinmoe.moe_core.config import Config
 WIDTH, SEQUENCES, LENGTH = 16, 8, 6
 
 
-def train(backend: Backend, launch: Launch, configs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train one config after the other; their summaries."""
+def train(backend: Backend, launch: Launch, configs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
+    """Train one config after the other, each in a folder of its own below `folder`; their summaries."""
     summaries = []
     for number, config in enumerate(configs):
-        with tempfile.TemporaryDirectory() as folder:
-            here = replace(launch, port=launch.port + number)
-            summaries.append(training.run(Config.model_validate(config), backend, here, Path(folder)))
+        run_dir = Path(folder) / str(number)
+        run_dir.mkdir(exist_ok=True)
+        here = replace(launch, port=launch.port + number)
+        summaries.append(training.run(Config.model_validate(config), backend, here, run_dir))
     return {"summaries": summaries}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -47,7 +48,9 @@ def losses(ranks: int, changes: Sequence[dict[str, dict[str, Any]]], backend: st
         for name, values in sections.items():
             config.setdefault(name, {}).update(values)
         configs.append(config)
-    result = run_processes(ranks, "twinmoe.testing.end_to_end.targets:train", {"configs": configs}, backend)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {"configs": configs, "folder": folder}
+        result = run_processes(ranks, "twinmoe.testing.end_to_end.targets:train", arguments, backend)
     return [np.array([*s["losses"], s["validation_loss"]]) for s in result["summaries"]]
 
 
