@@ -411,6 +411,10 @@ class Trainer(Protocol):
         """One optimizer update, then gradients are forgotten."""
         ...
 
+    def forget_gradients(self, state: State) -> None:
+        """Drop what was accumulated, without an update."""
+        ...
+
     def gradients(self, state: State) -> dict[str, np.ndarray]:
         """Local gradients by parameter name, on the host (zeros where none)."""
         ...

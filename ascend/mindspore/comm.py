@@ -6,32 +6,17 @@ A collective's adjoint is another collective, so every rank of a group meets the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor
 
+from ...backends.calls import CallLog
 from ...backends.protocol import Group
 from .autograd import primitive
+from .wire import Logged, Splits, Wire
 
-Splits = list[int] | None
-
-
-class Wire(Protocol):
-    """Collectives on tensors, without gradients, in groups of at least two ranks."""
-
-    def open_group(self, name: str, partition: Sequence[Sequence[int]]) -> Any: ...
-    def all_to_all(self, x: Tensor, group: Group, send: Splits, recv: Splits) -> Tensor: ...
-    def all_gather(self, x: Tensor, group: Group) -> Tensor: ...
-    def reduce_scatter(self, x: Tensor, group: Group) -> Tensor: ...
-    def all_reduce(self, x: Tensor, group: Group) -> Tensor: ...
-    def exchange(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], group: Group
-    ) -> list[Tensor]: ...
-    def gather_to_host(self, x: Tensor | np.ndarray, group: Group) -> np.ndarray: ...
-    def broadcast(self, x: Tensor, root: int, group: Group) -> Tensor: ...
-    def barrier(self) -> None: ...
-    def close(self) -> None: ...
+__all__ = ["MindSporeCommunicator", "Splits", "Wire"]
 
 
 class MindSporeCommunicator:
@@ -39,12 +24,18 @@ class MindSporeCommunicator:
 
     def __init__(self, rank: int, size: int, wire: Wire) -> None:
         self.rank, self.size, self._wire = rank, size, wire
+        self.calls: CallLog = getattr(wire, "calls", None) or CallLog(rank)
 
     def group(self, name: str, partition: Sequence[Sequence[int]]) -> Group:
         mine = next(tuple(ranks) for ranks in partition if self.rank in ranks)
         alone = all(len(ranks) == 1 for ranks in partition)
         handle = None if alone else self._wire.open_group(name, partition)
         return Group(name, mine, mine.index(self.rank), handle)
+
+    @property
+    def _line(self) -> Logged:
+        """The wire as a call from here uses it."""
+        return Logged(self._wire, self.calls, self.calls.place)
 
     def all_to_all(
         self,
@@ -56,7 +47,7 @@ class MindSporeCommunicator:
         """ValueError where the splits don't fit the group or the rows: HCCL would hang or move other rows."""
         send, recv = _host(send_splits), _host(recv_splits)
         _check_splits(x.shape[0], group, send, recv)
-        return x if group.size == 1 else _all_to_all_op(x, self._wire, group, send, recv)
+        return x if group.size == 1 else _all_to_all_op(x, self._line, group, send, recv)
 
     def all_to_all_start(self, x: Tensor, group: Group) -> Tensor:
         """All of it: a gradient that waits elsewhere has no place in MindSpore's functional differentiation."""
@@ -66,14 +57,14 @@ class MindSporeCommunicator:
         return started
 
     def all_gather(self, x: Tensor, group: Group) -> Tensor:
-        return x if group.size == 1 else _all_gather_op(x, self._wire, group)
+        return x if group.size == 1 else _all_gather_op(x, self._line, group)
 
     def reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
         _check_splits(x.shape[0], group, None, None)
-        return x if group.size == 1 else _reduce_scatter_op(x, self._wire, group)
+        return x if group.size == 1 else _reduce_scatter_op(x, self._line, group)
 
     def all_reduce(self, x: Tensor, group: Group) -> Tensor:
-        return x if group.size == 1 else _all_reduce_op(x, self._wire, group)
+        return x if group.size == 1 else _all_reduce_op(x, self._line, group)
 
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], group: Group
@@ -86,21 +77,21 @@ class MindSporeCommunicator:
         away = [n for n, (peer, template) in enumerate(receives) if peer != group.index and template.size]
         leaving = [(peer, x) for peer, x in sends if peer != group.index and x.size]
         if group.size > 1 and (away or leaving):
-            for place, x in zip(away, self._wire.exchange(leaving, [receives[n] for n in away], group), strict=True):
+            for place, x in zip(away, self._line.exchange(leaving, [receives[n] for n in away], group), strict=True):
                 results[place] = x
         return results
 
     def gather_to_host(self, x: Tensor | np.ndarray, group: Group) -> np.ndarray:
         if group.size > 1:
-            return self._wire.gather_to_host(x, group)
+            return self._line.gather_to_host(x, group)
         return np.array(x.asnumpy() if isinstance(x, Tensor) else x)[None]
 
     def broadcast(self, x: Tensor, root: int, group: Group) -> Tensor:
-        return x if group.size == 1 else self._wire.broadcast(x, root, group)
+        return x if group.size == 1 else self._line.broadcast(x, root, group)
 
     def barrier(self) -> None:
         if self.size > 1:
-            self._wire.barrier()
+            self._line.barrier()
 
     def close(self) -> None:
         if self.size > 1:
@@ -124,37 +115,37 @@ def _check_splits(rows: int, group: Group, send: Splits, recv: Splits) -> None:
         )
 
 
-def _all_to_all(x: Tensor, wire: Wire, group: Group, send: Splits, recv: Splits) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _all_to_all(x: Tensor, wire: Logged, group: Group, send: Splits, recv: Splits) -> tuple[Tensor, tuple[Tensor, ...]]:
     return wire.all_to_all(x, group, send, recv), ()
 
 
 def _all_to_all_backward(gradient: Tensor, _saved: Any, inputs: Any, _needs: Any) -> tuple[Any, ...]:
     _, wire, group, send, recv = inputs
-    return (wire.all_to_all(gradient, group, recv, send),)
+    return (wire.back().all_to_all(gradient, group, recv, send),)
 
 
-def _all_gather(x: Tensor, wire: Wire, group: Group) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _all_gather(x: Tensor, wire: Logged, group: Group) -> tuple[Tensor, tuple[Tensor, ...]]:
     return wire.all_gather(x, group), ()
 
 
 def _all_gather_backward(gradient: Tensor, _saved: Any, inputs: Any, _needs: Any) -> tuple[Any, ...]:
-    return (inputs[1].reduce_scatter(gradient, inputs[2]),)
+    return (inputs[1].back().reduce_scatter(gradient, inputs[2]),)
 
 
-def _reduce_scatter(x: Tensor, wire: Wire, group: Group) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _reduce_scatter(x: Tensor, wire: Logged, group: Group) -> tuple[Tensor, tuple[Tensor, ...]]:
     return wire.reduce_scatter(x, group), ()
 
 
 def _reduce_scatter_backward(gradient: Tensor, _saved: Any, inputs: Any, _needs: Any) -> tuple[Any, ...]:
-    return (inputs[1].all_gather(gradient, inputs[2]),)
+    return (inputs[1].back().all_gather(gradient, inputs[2]),)
 
 
-def _all_reduce(x: Tensor, wire: Wire, group: Group) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _all_reduce(x: Tensor, wire: Logged, group: Group) -> tuple[Tensor, tuple[Tensor, ...]]:
     return wire.all_reduce(x, group), ()
 
 
 def _all_reduce_backward(gradient: Tensor, _saved: Any, inputs: Any, _needs: Any) -> tuple[Any, ...]:
-    return (inputs[1].all_reduce(gradient, inputs[2]),)
+    return (inputs[1].back().all_reduce(gradient, inputs[2]),)
 
 
 _all_to_all_op = primitive(_all_to_all, _all_to_all_backward)

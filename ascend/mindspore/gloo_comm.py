@@ -24,6 +24,7 @@ class GlooWire:
 
     def __init__(self, launch: Launch) -> None:
         self._torch = TorchCommunicator(launch, "gloo", torch.device("cpu"))
+        self.calls = self._torch.calls
 
     def open_group(self, name: str, partition: Sequence[Sequence[int]]) -> Any:
         return self._torch.group(name, partition).handle

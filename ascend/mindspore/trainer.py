@@ -143,6 +143,11 @@ def step(state: MindSporeState, learning_rate: float) -> None:
         decay = state.options.weight_decay if state.parameters[name].weight_decay else 0.0
         rate = Rate(learning_rate, decay, state.updates)
         state.update(weight, _gradient(state, name), state.moments.get(name), state.options, rate)
+    forget_gradients(state)
+
+
+def forget_gradients(state: MindSporeState) -> None:
+    """Drop what was accumulated, without an update."""
     state.grads = {}
 
 

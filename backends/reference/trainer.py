@@ -43,7 +43,7 @@ def build(
     leaves = {name: variable(p.initial()) for name, p in parameters.items()}
     modules = {c.name: Module(c.forward, {p.name: leaves[p.name] for p in c.parameters}) for c in components}
     state = ReferenceState(modules, parameters, leaves, options, groups, comm)
-    _forget(state)
+    forget_gradients(state)
     if options.optimizer == "adamw":
         state.exp_avg = {name: np.zeros(leaf.shape) for name, leaf in leaves.items()}
         state.exp_avg_sq = {name: np.zeros(leaf.shape) for name, leaf in leaves.items()}
@@ -106,7 +106,11 @@ def step(state: ReferenceState, learning_rate: float) -> None:
     for name, leaf in state.leaves.items():
         decay = state.options.weight_decay if state.parameters[name].weight_decay else 0.0
         leaf.value = leaf.value * (1 - learning_rate * decay) - learning_rate * _direction(state, name)
-    _forget(state)
+    forget_gradients(state)
+
+
+def forget_gradients(state: ReferenceState) -> None:
+    state.grads = {name: np.zeros(leaf.shape) for name, leaf in state.leaves.items()}
 
 
 def _direction(state: ReferenceState, name: str) -> np.ndarray:
@@ -151,7 +155,3 @@ def peak_memory(reset: bool = False) -> int:
 
 def synchronize() -> None:
     """NumPy has finished when it returns."""
-
-
-def _forget(state: ReferenceState) -> None:
-    state.grads = {name: np.zeros(leaf.shape) for name, leaf in state.leaves.items()}

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from ..calls import CallLog
 from ..protocol import Group, Launch
 from . import direct, flight
+from .line import Line
 
 # torch 2.13 renames the flat collectives; the older names warn there
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -22,75 +24,83 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any, far: bool) -> Tensor:
-        ctx.meta = (send, recv, handle, far)
-        return _all_to_all(x, send, recv, handle, far)
+    def forward(ctx: Any, x: Tensor, send: list[int] | None, recv: list[int] | None, line: Line, far: bool) -> Tensor:
+        ctx.meta = (send, recv, line.back(), far)
+        return _all_to_all(x, send, recv, line, far)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        send, recv, handle, far = ctx.meta
-        return _all_to_all(grads[0], recv, send, handle, far), None, None, None, None
+        send, recv, line, far = ctx.meta
+        return _all_to_all(grads[0], recv, send, line, far), None, None, None, None
 
 
-def _all_to_all(x: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any, far: bool) -> Tensor:
+def _all_to_all(x: Tensor, send: list[int] | None, recv: list[int] | None, line: Line, far: bool) -> Tensor:
     rows = x.shape[0] if recv is None else sum(recv)
     y = x.new_empty((rows, *x.shape[1:]))
     x = x.contiguous()
-    if far and dist.get_backend(handle) == "gloo":
-        direct.exchange(x, y, send, recv, handle)
-    else:
-        dist.all_to_all_single(y, x, recv, send, group=handle)
+    with line.call("all_to_all", x, send, recv):
+        if far and dist.get_backend(line.handle) == "gloo":
+            direct.exchange(x, y, send, recv, line.handle)
+        else:
+            dist.all_to_all_single(y, x, recv, send, group=line.handle)
     return y
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
+    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
+        ctx.line = line.back()
+        return _gather(x, line)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scatter(grads[0], ctx.group), None
+        return _scatter(grads[0], ctx.line), None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _scatter(x, group)
+    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
+        ctx.line = line.back()
+        return _scatter(x, line)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.group), None
+        return _gather(grads[0], ctx.line), None
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _reduce(x, group)
+    def forward(ctx: Any, x: Tensor, line: Line) -> Tensor:
+        ctx.line = line.back()
+        return _reduce(x, line)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _reduce(grads[0], ctx.group), None
+        return _reduce(grads[0], ctx.line), None
 
 
-def _gather(x: Tensor, group: Group) -> Tensor:
-    y = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    _all_gather_single(y, x.contiguous(), group=group.handle)
+def _gather(x: Tensor, line: Line) -> Tensor:
+    with line.call("all_gather", x):
+        return _gather_unnamed(x, line)
+
+
+def _gather_unnamed(x: Tensor, line: Line) -> Tensor:
+    y = x.new_empty((x.shape[0] * line.group.size, *x.shape[1:]))
+    _all_gather_single(y, x.contiguous(), group=line.handle)
     return y
 
 
-def _scatter(x: Tensor, group: Group) -> Tensor:
-    y = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    _reduce_scatter_single(y, x.contiguous(), group=group.handle)
+def _scatter(x: Tensor, line: Line) -> Tensor:
+    y = x.new_empty((x.shape[0] // line.group.size, *x.shape[1:]))
+    with line.call("reduce_scatter", x):
+        _reduce_scatter_single(y, x.contiguous(), group=line.handle)
     return y
 
 
-def _reduce(x: Tensor, group: Group) -> Tensor:
+def _reduce(x: Tensor, line: Line) -> Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(y, group=group.handle)
+    with line.call("all_reduce", x):
+        dist.all_reduce(y, group=line.handle)
     return y
 
 
@@ -106,6 +116,7 @@ class TorchCommunicator:
 
     def __init__(self, launch: Launch, backend: str, device: torch.device) -> None:
         self.rank, self.size = launch.rank, launch.size
+        self.calls = CallLog(launch.rank)
         self._device = device
         self._node_size = launch.local_size
         self._timeout = timedelta(seconds=launch.timeout_s)
@@ -128,6 +139,9 @@ class TorchCommunicator:
                 handle = made if self.rank in ranks else handle
         return Group(name, mine, mine.index(self.rank), handle)
 
+    def _line(self, group: Group) -> Line:
+        return Line(self.calls, group, self.calls.place)
+
     def _spans_nodes(self, group: Group) -> bool:
         return len({rank // self._node_size for rank in group.ranks}) > 1
 
@@ -141,22 +155,22 @@ class TorchCommunicator:
         if group.size == 1:
             return x
         send, recv = (None if s is None else [int(v) for v in s] for s in (send_splits, recv_splits))
-        return _AllToAll.apply(x, send, recv, group.handle, self._spans_nodes(group))  # type: ignore[no-any-return]
+        return _AllToAll.apply(x, send, recv, self._line(group), self._spans_nodes(group))  # type: ignore[no-any-return]
 
     def all_to_all_start(self, x: Tensor, group: Group) -> Any:
-        return x if group.size == 1 else flight.start(x, group.handle)
+        return x if group.size == 1 else flight.start(x, self._line(group))
 
     def all_to_all_finish(self, started: Any) -> Tensor:
         return started if isinstance(started, Tensor) else flight.finish(started)
 
     def all_gather(self, x: Tensor, group: Group) -> Tensor:
-        return x if group.size == 1 else _AllGather.apply(x, group)  # type: ignore[no-any-return]
+        return x if group.size == 1 else _AllGather.apply(x, self._line(group))  # type: ignore[no-any-return]
 
     def reduce_scatter(self, x: Tensor, group: Group) -> Tensor:
-        return x if group.size == 1 else _ReduceScatter.apply(x, group)  # type: ignore[no-any-return]
+        return x if group.size == 1 else _ReduceScatter.apply(x, self._line(group))  # type: ignore[no-any-return]
 
     def all_reduce(self, x: Tensor, group: Group) -> Tensor:
-        return x if group.size == 1 else _AllReduce.apply(x, group)  # type: ignore[no-any-return]
+        return x if group.size == 1 else _AllReduce.apply(x, self._line(group))  # type: ignore[no-any-return]
 
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], group: Group
@@ -176,25 +190,30 @@ class TorchCommunicator:
         for (peer, _), out in zip(receives, results, strict=True):
             if peer == group.index:
                 out.copy_(next(own).detach())
-        for work in dist.batch_isend_irecv(waiting) if waiting else []:
-            work.wait()
+        with self.calls.call("exchange", group, ([(p, tuple(x.shape)) for p, x in sends],)):
+            for work in dist.batch_isend_irecv(waiting) if waiting else []:
+                work.wait()
         return results
 
     def gather_to_host(self, x: Tensor | np.ndarray, group: Group) -> np.ndarray:
         value = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x.detach()
         if group.size == 1:
             return value.cpu().numpy()[None]
-        return _gather(value.to(self._device)[None], group).cpu().numpy()
+        line = self._line(group)
+        with line.call("gather_to_host", value):
+            return _gather_unnamed(value.to(self._device)[None], line).cpu().numpy()
 
     def broadcast(self, x: Tensor, root: int, group: Group) -> Tensor:
         y = x.detach().clone(memory_format=torch.contiguous_format)
         if group.size > 1:
-            dist.broadcast(y, group.ranks[root], group=group.handle)
+            with self._line(group).call("broadcast", x):
+                dist.broadcast(y, group.ranks[root], group=group.handle)
         return y
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with self.calls.call("barrier", None):
+                dist.barrier()
 
     def close(self) -> None:
         if self._owner and dist.is_initialized():

@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .line import Line
+
 
 @dataclass
 class Flight:
     """One exchange and its adjoint. `held`: what must live until the wait."""
 
-    handle: Any
+    line: Line
     work: Any = None
     held: Any = None
 
@@ -26,11 +28,14 @@ class Flight:
         """An all-to-all of equal splits; the result is not there before `land`."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        self.work, self.held = dist.all_to_all_single(y, x, group=self.handle, async_op=True), x
+        with self.line.call("all_to_all, begun", x):
+            self.work, self.held = dist.all_to_all_single(y, x, group=self.line.handle, async_op=True), x
         return y
 
     def land(self) -> None:
-        self.work.wait()
+        with self.line.call("all_to_all, awaited", self.held):
+            self.work.wait()
+        self.line = self.line.back()
         self.work = self.held = None
 
 
@@ -58,9 +63,9 @@ class _Finish(torch.autograd.Function):
         return ctx.flight.issue(grads[0]), None
 
 
-def start(x: Tensor, handle: Any) -> tuple[Tensor, Flight]:
+def start(x: Tensor, line: Line) -> tuple[Tensor, Flight]:
     """(the result to be, its flight)."""
-    flight = Flight(handle)
+    flight = Flight(line)
     return _Start.apply(x, flight), flight  # type: ignore[return-value]
 
 

@@ -163,6 +163,9 @@ class TorchTrainer:
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
         state.optimizer.step()
+        self.forget_gradients(state)
+
+    def forget_gradients(self, state: TorchState) -> None:
         state.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self, state: TorchState) -> dict[str, np.ndarray]:
