@@ -1,30 +1,34 @@
 """Checkpoints by logical name: written by many ranks, readable at any number of ranks, scheme and backend.
 
-A folder step_00000042 holds one safetensors file a rank and manifest.json (what is where, checksums, everything
-that is not a tensor). It is written under a temporary name, flushed to disk and renamed; `latest` moves last.
+A folder step_00000042 holds one safetensors file a rank, manifest.json (what is where, and everything that is not a
+tensor) and SHA256SUMS, which `sha256sum -c` understands. This file reads them; `saving.py` writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from ..backends.protocol import Group, Parameter, Piece
+from ..backends.protocol import Parameter, Piece
 from .parameters import join_parts, take_part
 
 FORMAT = 1
+MANIFEST, SUMS, LATEST, CHECKPOINTS = "manifest.json", "SHA256SUMS", "latest", "checkpoints"
+STATE = "state"
+"""Kind of the arrays that are no parameters: losses so far, what planners remember."""
+
 _STEP = re.compile(r"step_(\d{8})")
+_SHARD = re.compile(r"rank_\d{5}\.safetensors")
+_SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)")
 
 
 class CheckpointError(Exception):
@@ -43,137 +47,72 @@ class Entry:
     start: int
     stop: int | None
     axis: int | None
-    blocks: int = 1
+    blocks: int
+    dtype: str
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the array in the file."""
+        if self.stop is None:
+            return self.shape
+        if self.axis is None:
+            return (self.stop - self.start,)
+        width = self.blocks * (self.stop - self.start)
+        return tuple(width if i == self.axis else n for i, n in enumerate(self.shape))
 
-def write_shard(
-    folder: Path,
-    rank: int,
-    specs: Mapping[str, Parameter],
-    groups: Mapping[str, Group],
-    tensors: Iterable[tuple[str, str, np.ndarray]],
-) -> None:
-    """This rank's file and its table. Each logical element is written by the first rank that holds it."""
-    arrays: dict[str, np.ndarray] = {}
-    table: list[dict[str, Any]] = []
-    file = f"rank_{rank:05d}.safetensors"
-    for name, kind, value in tensors:
-        spec = specs[name]
-        if groups[spec.reduce_over].index != 0:
-            continue
-        for piece, part in _parts(spec, value):
-            key = f"{kind}/{piece.name}" + ("" if piece.stop is None else f"/{piece.start}")
-            arrays[key] = np.ascontiguousarray(part)
-            place = (piece.start, piece.stop, piece.axis, piece.blocks)
-            table.append(vars(Entry(file, key, piece.name, kind, piece.shape, *place)))
-    save_file(arrays, folder / file)
-    _flush(folder / file)
-    record = {"file": file, "sha256": _sha256(folder / file), "entries": table}
-    (folder / f"rank_{rank:05d}.json").write_text(json.dumps(record))
-
-
-def _parts(spec: Parameter, value: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
-    if not spec.pieces:
-        yield spec.part or Piece(spec.name, spec.shape), value
-        return
-    for row, piece in enumerate(spec.pieces):
-        yield piece, value[row]
-
-
-def publish(temporary: Path, final: Path, ranks: int, manifest: Mapping[str, Any]) -> None:
-    """Rank 0, once all ranks have written: merge the tables, flush, rename, move `latest`."""
-    tables = []
-    for rank in range(ranks):
-        part = temporary / f"rank_{rank:05d}.json"
-        if not part.exists():
-            raise CheckpointError(
-                f"{part.name} did not arrive in {temporary}; checkpoints need a folder that all ranks share"
-            )
-        tables.append(json.loads(part.read_text()))
-        part.unlink()
-    whole = {"format": FORMAT, **manifest, "files": {t["file"]: t["sha256"] for t in tables}}
-    whole["tensors"] = [entry for t in tables for entry in t["entries"]]
-    (temporary / "manifest.json").write_text(json.dumps(whole))
-    _flush(temporary / "manifest.json")
-    _flush(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _flush(final.parent)
-    pointer = final.parent.parent / "latest"
-    pointer.with_suffix(".new").write_text(final.name + "\n")
-    _flush(pointer.with_suffix(".new"))
-    pointer.with_suffix(".new").replace(pointer)
-
-
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and what an interrupted save left behind."""
-    for left in checkpoints.glob("*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-    found = sorted(p for p in checkpoints.iterdir() if _STEP.fullmatch(p.name))
-    for old in found[:-keep_last]:
-        shutil.rmtree(old)
-
-
-def find(run_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume from: None, 'auto' (the newest whole one, if any) or a folder."""
-    if resume is None:
-        return None
-    if resume != "auto":
-        folder = Path(resume)
-        if (folder / "latest").exists():
-            folder = folder / "checkpoints" / _safe_name((folder / "latest").read_text().strip())
-        if not (folder / "manifest.json").exists():
-            raise CheckpointError(
-                f"{resume} holds no checkpoint (no manifest.json); name a run folder or a step_* folder"
-            )
-        return folder
-    pointer = run_dir / "latest"
-    return run_dir / "checkpoints" / _safe_name(pointer.read_text().strip()) if pointer.exists() else None
-
-
-def _safe_name(name: str) -> str:
-    if not _STEP.fullmatch(name):
-        raise CheckpointError(f"{name!r} is not the name of a checkpoint; `latest` must hold step_ and eight digits")
-    return name
+    @property
+    def extent(self) -> int:
+        """What start..stop of all entries of the tensor must cover."""
+        return prod(self.shape) if self.axis is None else self.shape[self.axis] // self.blocks
 
 
 class Checkpoint:
-    """A checkpoint opened for reading: checksums are verified before anything is handed out."""
+    """A checkpoint opened for reading; checksums are verified before anything is handed out.
 
-    def __init__(self, folder: Path) -> None:
+    share: (i, n) verifies every n-th data file from the i-th on, where n ranks divide the work. CheckpointError names
+    what is damaged, missing or not a checkpoint's.
+    """
+
+    def __init__(self, folder: Path, share: tuple[int, int] = (0, 1)) -> None:
         self.folder = folder
-        try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
-            files, tensors = self.manifest["files"], self.manifest["tensors"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{folder / 'manifest.json'} cannot be read ({error}); take an older checkpoint"
-            ) from error
-        if self.manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{folder} has format {self.manifest.get('format')!r}, this version reads {FORMAT}")
-        for name, digest in files.items():
-            if not re.fullmatch(r"rank_\d{5}\.safetensors", name):
-                raise CheckpointError(f"{folder / 'manifest.json'} names the file {name!r}, which no checkpoint has")
-            if not (folder / name).exists() or _sha256(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} is damaged (checksum); take an older checkpoint")
+        self.manifest = _verified_manifest(folder, share)
         self._entries: dict[tuple[str, str], list[Entry]] = {}
-        for row in tensors:
+        for row in self.manifest["tensors"]:
             entry = Entry(**{**row, "shape": tuple(row["shape"])})
-            if entry.file not in files:
-                raise CheckpointError(f"{folder / 'manifest.json'} places {entry.name} in an unknown file")
             self._entries.setdefault((entry.kind, entry.name), []).append(entry)
-        self._used: set[tuple[str, str]] = set()
+        for entries in self._entries.values():
+            self._check_cover(sorted(entries, key=lambda e: e.start))
+        self._open: dict[str, Any] = {}
 
     @property
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of logical tensors, parameters first."""
+        found = {kind for kind, _ in self._entries if kind != STATE}
+        return sorted(found, key=lambda k: (k != "parameter", k))
+
+    def check_complete(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """`shapes`: every logical tensor of the model, over all ranks. CheckpointError names the first that the
+        checkpoint lacks, has besides, or has in another shape; each kind must hold them all."""
+        for kind in self.kinds or ["parameter"]:
+            stored = {name: entries[0].shape for (k, name), entries in self._entries.items() if k == kind}
+            for name in sorted(shapes.keys() - stored.keys()):
+                raise CheckpointError(f"{self.folder} lacks {kind} of {name}; was it saved from another model?")
+            for name in sorted(stored.keys() - shapes.keys()):
+                raise CheckpointError(f"{self.folder} holds {name}, which this model does not have; check the config")
+            for name, shape in shapes.items():
+                if stored[name] != tuple(shape):
+                    raise CheckpointError(
+                        f"{name} has shape {stored[name]} in {self.folder}, the model wants {tuple(shape)}"
+                    )
+
     def values(self, specs: Mapping[str, Parameter]) -> Iterator[tuple[str, str, np.ndarray]]:
         """(parameter name, kind, local value) of everything that `specs` stores. CheckpointError names what lacks."""
-        kinds = sorted({kind for kind, _ in self._entries}, key=lambda k: (k != "parameter", k))
         for name, spec in specs.items():
-            for kind in kinds:
+            for kind in self.kinds:
                 pieces = spec.pieces or (spec.part or Piece(name, spec.shape),)
                 parts = [self._read(kind, piece) for piece in pieces]
                 value = np.stack(parts) if spec.pieces else parts[0]
@@ -183,11 +122,9 @@ class Checkpoint:
                     )
                 yield name, kind, value
 
-    def check_complete(self, names: Iterable[str]) -> None:
-        """CheckpointError naming a stored tensor that the model (all ranks' logical names) does not have."""
-        extra = sorted({name for _, name in self._entries} - set(names))
-        if extra:
-            raise CheckpointError(f"{self.folder} holds {extra[0]}, which this model does not have; check the config")
+    def state(self) -> dict[str, np.ndarray]:
+        """The arrays of kind `state` by name."""
+        return {name: self._tensor(entries[0]) for (kind, name), entries in self._entries.items() if kind == STATE}
 
     def _read(self, kind: str, piece: Piece) -> np.ndarray:
         entries = self._entries.get((kind, piece.name))
@@ -209,19 +146,133 @@ class Checkpoint:
         return padded
 
     def _assemble(self, entries: list[Entry]) -> np.ndarray:
-        parts = []
-        for entry in sorted(entries, key=lambda e: e.start):
-            with safe_open(self.folder / entry.file, framework="numpy") as file:
-                parts.append(file.get_tensor(entry.key))
+        parts = [self._tensor(entry) for entry in sorted(entries, key=lambda e: e.start)]
         first = entries[0]
         if first.stop is None:
             return parts[0]
         if first.axis is not None:
             return join_parts(parts, first.axis, first.blocks)
-        return np.concatenate(parts)[: int(np.prod(first.shape))].reshape(first.shape)
+        return np.concatenate(parts)[: prod(first.shape)].reshape(first.shape)
+
+    def _tensor(self, entry: Entry) -> np.ndarray:
+        if entry.file not in self._open:
+            self._open[entry.file] = safe_open(self.folder / entry.file, framework="numpy")
+        value = self._open[entry.file].get_tensor(entry.key)
+        if (value.shape, value.dtype.name) != (entry.stored_shape, entry.dtype):
+            raise CheckpointError(
+                f"{entry.key} in {self.folder / entry.file} is {value.dtype.name} {value.shape}, the manifest says "
+                f"{entry.dtype} {entry.stored_shape}; take an older checkpoint"
+            )
+        return value
+
+    def _check_cover(self, entries: list[Entry]) -> None:
+        """The parts of a tensor follow one another, and together they are all of it."""
+        first, reached = entries[0], 0
+        for entry in entries:
+            alike = (entry.shape, entry.axis, entry.blocks, entry.dtype) == (
+                first.shape,
+                first.axis,
+                first.blocks,
+                first.dtype,
+            )
+            if not alike or entry.start != reached or (entry.stop is None and len(entries) > 1):
+                raise CheckpointError(f"{self.folder} holds parts of {first.name} that do not fit; take an older one")
+            reached = entry.extent if entry.stop is None else entry.stop
+        if reached < first.extent:
+            raise CheckpointError(f"{self.folder} holds only a part of {first.name}; take an older checkpoint")
 
 
-def _sha256(path: Path) -> str:
+def _verified_manifest(folder: Path, share: tuple[int, int]) -> dict[str, Any]:
+    sums = _sums(folder)
+    _verify(folder, MANIFEST, sums.pop(MANIFEST, ""))
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {entry["file"] for entry in manifest["tensors"]} | set(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); take an older checkpoint") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')!r}, this version reads {FORMAT}")
+    for name in sorted(files):
+        if not _SHARD.fullmatch(name):
+            raise CheckpointError(f"{folder / MANIFEST} names the file {name!r}, which no checkpoint has")
+    if files != set(sums):
+        raise CheckpointError(f"{folder / SUMS} and {MANIFEST} name different files; take an older checkpoint")
+    for name in sorted(sums)[share[0] :: share[1]]:
+        _verify(folder, name, sums[name])
+    return manifest
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256, as SHA256SUMS says."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / SUMS} cannot be read ({error}); take an older checkpoint") from error
+    found = [_SUM.fullmatch(line) for line in lines]
+    if not found or not all(found):
+        raise CheckpointError(f"{folder / SUMS} is damaged; take an older checkpoint")
+    return {match[2]: match[1] for match in found if match}
+
+
+def _verify(folder: Path, name: str, digest: str) -> None:
+    try:
+        whole = sha256(folder / name) == digest
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read ({error}); take an older checkpoint") from error
+    if not whole:
+        raise CheckpointError(f"{folder / name} is damaged (checksum); take an older checkpoint")
+
+
+def candidates(run_dir: Path, resume: str | None) -> list[Path]:
+    """Checkpoints to resume from, best first: none for None; for 'auto' that of `latest`, then the others, newest
+    first; for a run folder its latest; for a checkpoint itself."""
+    if resume is None:
+        return []
+    if resume == "auto":
+        return _newest_first(run_dir)
+    folder = Path(resume)
+    if (folder / LATEST).exists() or (folder / CHECKPOINTS).is_dir():
+        folder = next(iter(_newest_first(folder)), folder)
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(f"{resume} holds no checkpoint (no {MANIFEST}); name a run folder or a step_* folder")
+    return [folder]
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    found = steps_in(run_dir / CHECKPOINTS)[::-1]
+    try:
+        name = (run_dir / LATEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        return found
+    except ValueError:
+        name = "no text"
+    latest = run_dir / CHECKPOINTS / _safe_name(name)
+    return [latest, *(path for path in found if path != latest)] if latest in found else found
+
+
+def steps_in(checkpoints: Path) -> list[Path]:
+    """The checkpoint folders, by step."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(p for p in checkpoints.iterdir() if _STEP.fullmatch(p.name))
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"step_{step:08d}"
+
+
+def _safe_name(name: str) -> str:
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(
+            f"{name!r} is not the name of a checkpoint; `{LATEST}` must hold step_ and eight digits: name the folder "
+            "to resume from with --resume"
+        )
+    return name
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -229,9 +280,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def logical_shapes(parameters: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the logical tensors that parameters are made of."""
+    found: dict[str, tuple[int, ...]] = {}
+    for parameter in parameters:
+        for piece in parameter.pieces or (parameter.part or Piece(parameter.name, parameter.shape),):
+            found[piece.name] = piece.shape
+    return found

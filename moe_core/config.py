@@ -228,6 +228,10 @@ class TrainConfig(Section):
     validation_batches: int = Field(default=4, gt=0)
     save_every: int = Field(default=0, ge=0)
     keep_last: int = Field(default=2, gt=0)
+    save_async: bool = False
+    on_nan: Literal["stop", "skip"] = "stop"
+    explode_factor: float | None = Field(default=None, gt=1)
+    health_every: int = Field(default=50, ge=0)
     log_every: int = Field(default=1, gt=0)
     timeout_s: float = Field(default=120.0, gt=0)
 

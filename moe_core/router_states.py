@@ -48,6 +48,10 @@ class RouterStates:
         self.states = {i: router.update_state(self.states[i], totals[i]) for i, router in self._routers.items()}
         self._totals = {}
 
+    def forget(self) -> None:
+        """Drop a step's statistics: it was skipped."""
+        self._totals = {}
+
     def as_json(self) -> dict[str, dict[str, Any]]:
         """For a manifest: exact, as Python prints floats."""
         return {str(i): {name: np.asarray(v).tolist() for name, v in state.items()} for i, state in self.states.items()}

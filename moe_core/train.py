@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import threading
 import time
@@ -19,24 +18,27 @@ from ..backends.protocol import Array, Communicator, Launch, Parameter, State, T
 from ..backends.registry import Backend
 from .bigram import bigram_loss
 from .build import Runtime, make_runtime
-from .checkpoint import Checkpoint, CheckpointError, find, prune, publish, write_shard
+from .checkpoint import CHECKPOINTS, candidates
 from .combinations import ConfigError, check_ranks, check_trainable, mesh_of
 from .config import Config
 from .data import Data, GlobalBatch, open_data
+from .faults import StepGuard, at_place, memory_explained, stalls_reported
 from .metrics import MetricsWriter
 from .model import Model, StepOutput, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
-from .placement import PlacedLayer, placed_layers, placed_parameters, restore_placements
+from .placement import PlacedLayer, placed_layers, placed_parameters
+from .resume import Resumed, manifest_of, restore, state_of
 from .router_states import RouterStates
 from .routing.arrangement import Arrangement, arrangement_of
 from .routing.finite import NonFiniteWatch
-from .run_folder import model_hash
+from .run_folder import LOGS, model_hash
+from .saving import Saver
 from .shared_folder import check_shared
 from .swapping import Swapper, swapper_of
 from .topology import cluster_of_launch
 
 LOSSES = ("loss/load_balance", "loss/z", "loss/locality", "loss/entropy")
-SCALARS = ("cross_entropy", *LOSSES, "rows/sent", "rows/computed", "rows/local", "nan_tokens")
+SCALARS = ("cross_entropy", *LOSSES, "rows/sent", "rows/computed", "rows/local", "nan_tokens", "bad_norms")
 
 
 def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume: str | None = None) -> dict[str, Any]:
@@ -45,13 +47,14 @@ def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume:
     check_trainable(config)
     config = config.model_copy(update={"cluster": cluster_of_launch(launch, config.cluster)})
     comm = backend.comm.connect(launch)
-    try:
-        session = Session.open(config, backend, comm, run_dir)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    session.restore(find(run_dir, resume))
-    summary = session.train()
-    comm.close()  # not after a failure: others would not come to its barrier
+    with stalls_reported(comm, run_dir / LOGS, launch.timeout_s):
+        try:
+            session = Session.open(config, backend, comm, run_dir)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        session.resumed = restore(session, candidates(run_dir, resume))
+        summary = session.train()
+        comm.close()  # not after a failure: others would not come to its barrier
     return summary
 
 
@@ -96,10 +99,19 @@ class Session:
     data: Data
     run_dir: Path
     base_memory: int
+    saver: Saver
+    guard: StepGuard
     step: int = 0
     losses: list[float] = field(default_factory=list)
     stop_requested: bool = False
     swapper: Swapper | None = None
+    resumed: Resumed | None = None
+    modules: dict[str, Any] = field(init=False)
+    warnings: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.modules = {name: at_place(self.comm, name, module) for name, module in self.state.modules.items()}
 
     @classmethod
     def open(cls, config: Config, backend: Backend, comm: Communicator, run_dir: Path) -> Session:
@@ -108,6 +120,11 @@ class Session:
         runtime = make_runtime(backend.ops, comm, mesh_of(config, comm.size), config.parallel, config.cluster)
         check_shared(comm, runtime.groups["world"], run_dir)
         data.batch(0).for_rank(0, runtime.mesh.token_ranks)
+        if data.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size} is too small for the data, whose tokens go up to "
+                f"{data.vocab_size - 1}; set it to at least {data.vocab_size}"
+            )
         model = build_model(config, runtime)
         train = config.train
         options = TrainOptions(
@@ -125,7 +142,9 @@ class Session:
         arrangement = arrangement_of(config, runtime.mesh.token_ranks)
         arrangement.arrange(data.batch(0))
         watch = NonFiniteWatch(config.moe.nan_policy, comm.rank, model.moe_layers, train.sequence_length)
-        own = (routers, arrangement, watch, data, run_dir, base)
+        saver = Saver(run_dir / CHECKPOINTS, comm, runtime.groups["world"], train.keep_last, train.save_async)
+        guard = StepGuard(train.on_nan, train.explode_factor)
+        own = (routers, arrangement, watch, data, run_dir, base, saver, guard)
         return cls(config, backend, comm, runtime, model, state, *own, swapper=swapper)
 
     # --- the loop ----------------------------------------------------------------------------
@@ -139,12 +158,14 @@ class Session:
             while self.step < train.steps and not self.stop_requested:
                 record = self.train_step()
                 tokens += int(record["tokens"])
+                record["warnings"] = self._new_warnings()
                 if train.validate_every and self.step % train.validate_every == 0 and self.step < train.steps:
                     record["validation_loss"] = self.validation_loss()
                 if writer is not None and (self.step % train.log_every == 0 or self.step == train.steps):
                     writer.write(self.step, record)
                 if self.stop_requested or (train.save_every and self.step % train.save_every == 0):
                     self.save()
+            self.saver.finish()
             seconds = time.perf_counter() - started
             return self._summary(tokens / max(seconds, 1e-9))
         finally:
@@ -161,8 +182,10 @@ class Session:
             batch = self.arrangement.arrange(self.data.batch(self.step))
             mine = batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks)
         totals = StepTotals()
-        with phases("forward_backward"):
-            for micro in mine.micro_batches(config.train.micro_batch_size):
+        micros = mine.micro_batches(config.train.micro_batch_size)
+        rows = micros[0].tokens_SL.size * config.moe.top_k * config.moe.num_heads
+        with phases("forward_backward"), memory_explained(self.comm, self.step + 1, rows):
+            for micro in micros:
                 _, output = trainer.accumulate(self.state, lambda m=micro: self._loss(m))
                 totals.add(self.backend.ops, output, self.runtime.groups["expert"].index)
                 self.router_states.add(self.backend.ops, output.stats)
@@ -173,27 +196,43 @@ class Session:
         with phases("reduce"):
             trainer.reduce_gradients(self.state)
             norm = trainer.clip_gradients(self.state, config.train.max_grad_norm)
+        totals.scalars["bad_norms"] = float(not math.isfinite(norm))
+        totals.scalars.update(self.saver.status())
+        summary = self._gather(totals)
+        self.saver.settle(summary.scalars)
         rate = learning_rate(config, self.step)
         with phases("optimizer"):
-            trainer.step(self.state, rate)
-            for learns in (self.router_states, self.arrangement):
-                learns.update(self.comm, self.runtime.groups["world"], self.runtime.mesh.tensor)
+            self._update(summary, norm, rate)
         if self.swapper is not None:
             with phases("swap"):
-                self.swapper.after_step(trainer, self.state, self.step + 1)
-        summary = self._gather(totals)
-        self.watch.judge(summary.scalars["nan_tokens"])
+                self.swapper.after_step(trainer, self.state, self.updates + 1)
         self.stop_requested = summary.flags > 0
         self.step += 1
         return self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
 
+    def _update(self, summary: StepSummary, norm: float, rate: float) -> None:
+        """The optimizer's step and what is learned without gradients, unless the step is a bad one (`train.on_nan`)."""
+        found = summary.scalars["nan_tokens"]
+        self.watch.judge(0 if self.guard.policy == "skip" else found)
+        loss = summary.scalars["cross_entropy"] / self.runtime.mesh.tensor
+        learning = (self.router_states, self.arrangement)
+        if self.guard.accepts(self.step + 1, loss, norm, summary.scalars["bad_norms"] + found):
+            self.backend.trainer.step(self.state, rate)
+            for learns in learning:
+                learns.update(self.comm, self.runtime.groups["world"], self.runtime.mesh.tensor)
+            return
+        self.backend.trainer.forget_gradients(self.state)
+        for learns in learning:
+            learns.forget()
+        self.warnings.append(f"step {self.step + 1} was skipped ({self.guard.skipped} in this run): loss {loss:g}")
+
     def _loss(self, batch: GlobalBatch, training: bool = True) -> tuple[Array, StepOutput]:
-        return self.model.loss(self.state.modules, batch, self.step, training, self.router_states.states)
+        return self.model.loss(self.modules, batch, self.step, training, self.router_states.states)
 
     def _gather(self, totals: StepTotals) -> StepSummary:
         moe = self.config.moe
         shape = (len(self.model.moe_layers), moe.num_heads * moe.num_experts)
-        names = (*SCALARS, *sorted(k for k in totals.scalars if k.startswith("bytes/")))
+        names = (*SCALARS, *sorted(k for k in totals.scalars if k.startswith(("bytes/", "save/"))))
         return gather_totals(totals, self.comm, self.runtime.groups["world"], shape, names, self.stop_requested)
 
     def _record(
@@ -211,6 +250,7 @@ class Session:
             "auxiliary": auxiliary,
             "learning_rate": rate,
             "grad_norm": norm,
+            "skipped_steps": self.guard.skipped,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -236,12 +276,13 @@ class Session:
     def _summary(self, tokens_per_second: float) -> dict[str, Any]:
         validation = self.validation_loss()
         batches = [self.data.validation_batch(i) for i in range(self._validation_batches)]
+        losses = [loss if math.isfinite(loss) else None for loss in self.losses]  # JSON has no NaN
         bigram = bigram_loss(self.data, batches) if self.comm.rank == 0 else float("nan")
         return {
             "steps": self.step,
-            "losses": self.losses,
-            "loss_first": self.losses[0] if self.losses else None,
-            "loss_last": self.losses[-1] if self.losses else None,
+            "losses": losses,
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
             "validation_loss": validation,
             "bigram_loss": bigram,
             "tokens_per_second": tokens_per_second,
@@ -253,71 +294,40 @@ class Session:
             "model_hash": model_hash(self.config),
             "run_dir": str(self.run_dir),
             "stopped_early": self.step < self.config.train.steps,
+            "skipped_steps": self.guard.skipped,
+            "resumed": None if self.resumed is None else self.resumed.as_json(),
+            "warnings": [*self.told, *self._new_warnings()],
         }
 
     # --- checkpoints -------------------------------------------------------------------------
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
-
-    def save(self) -> Path:
-        """Write a checkpoint of this step (all ranks call it); older ones are pruned."""
-        final = self.checkpoints / f"step_{self.step:08d}"
-        temporary = final.with_name(final.name + ".tmp")
-        if self.comm.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.comm.barrier()
-        tensors = self.backend.trainer.tensors(self.state)
-        write_shard(temporary, self.comm.rank, self._parameters, self.runtime.groups, tensors)
-        self.comm.barrier()
-        if self.comm.rank == 0:
-            publish(temporary, final, self.comm.size, self._manifest())
-            prune(self.checkpoints, self.config.train.keep_last)
-        self.comm.barrier()
-        return final
-
-    def _manifest(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "config": self.config.model_dump(mode="json"),
-            "data_hash": self.data.hash,
-            "model_hash": model_hash(self.config),
-            "backend": self.backend.name,
-            "world_size": self.comm.size,
-            "losses": self.losses,
-            "router_states": self.router_states.as_json(),
-            "arrangement": self.arrangement.as_json(),
-            "placements": [layer.planner.owned_RC.tolist() for layer in self._placed],
-        }
-
-    def restore(self, folder: Path | None) -> None:
-        """Take up a checkpoint: parameters, optimizer, position in the data. CheckpointError if it does not fit."""
-        if folder is None:
-            return
-        checkpoint = Checkpoint(folder)
-        for name, mine in (("data_hash", self.data.hash), ("model_hash", model_hash(self.config))):
-            if checkpoint.manifest[name] != mine:
-                raise CheckpointError(
-                    f"{folder} was saved with {name} {checkpoint.manifest[name]}, this run has {mine}; resume with "
-                    "the same data and model"
-                )
-        restore_placements(self._placed, checkpoint.manifest.get("placements", []))
-        self.backend.trainer.load_tensors(self.state, checkpoint.values(self._parameters), checkpoint.step)
-        self.router_states.restore(checkpoint.manifest.get("router_states", {}))
-        self.arrangement.restore(checkpoint.manifest.get("arrangement", {}))
-        self.step = checkpoint.step
-        self.losses = list(checkpoint.manifest["losses"])
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step (all ranks call it); older ones are pruned. None: not written, or not yet."""
+        if self.resumed is not None and self.resumed.step == self.step:
+            return self.resumed.folder
+        contents = (self.backend.trainer.tensors(self.state), state_of(self))
+        return self.saver.save(self.step, manifest_of(self), self.parameters, self.runtime.groups, contents)
 
     # --- small things ------------------------------------------------------------------------
     @property
-    def _placed(self) -> list[PlacedLayer]:
+    def placed(self) -> list[PlacedLayer]:
         return placed_layers(self.model.layers, self.model.parameters) if self.swapper is not None else []
 
     @property
-    def _parameters(self) -> dict[str, Parameter]:
+    def parameters(self) -> dict[str, Parameter]:
         """This rank's parameters, named by the experts that rest in them now."""
-        return placed_parameters(self.model.parameters, self._placed, self.runtime.groups["expert"].index)
+        return placed_parameters(self.model.parameters, self.placed, self.runtime.groups["expert"].index)
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer made: all but those that were skipped."""
+        return self.step - self.guard.skipped
+
+    def _new_warnings(self) -> list[str]:
+        new = [*self.saver.warnings, *self.warnings]
+        self.told += new
+        self.saver.warnings.clear()
+        self.warnings.clear()
+        return new
 
     @property
     def _token_rank(self) -> int:

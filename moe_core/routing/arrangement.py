@@ -65,6 +65,10 @@ class Arrangement:
             self._table.update(comm.gather_to_host(self._counts_VR, world).sum(0) // copies)
             self._counts_VR[...] = 0
 
+    def forget(self) -> None:
+        """Drop what a step showed: it was skipped."""
+        self._counts_VR[...] = 0
+
     def as_json(self) -> dict[str, Any]:
         """What a manifest keeps: integers ({} unless by_affinity)."""
         return {} if self._table is None else {name: value.tolist() for name, value in self._table.state().items()}

@@ -13,10 +13,11 @@ from twinmoe.backends import reference
 from twinmoe.backends.protocol import Component, Parameter, TrainOptions
 from twinmoe.backends.reference.comm import Communicator, run_ranks
 from twinmoe.moe_core.build import LayerParts, LayerSpec, Runtime, build_layer, make_runtime
-from twinmoe.moe_core.checkpoint import Checkpoint, publish, write_shard
+from twinmoe.moe_core.checkpoint import Checkpoint
 from twinmoe.moe_core.config import ParallelConfig
 from twinmoe.moe_core.exactness import Case, check_case
 from twinmoe.moe_core.mesh import Mesh
+from twinmoe.moe_core.saving import publish, write_shard
 from twinmoe.testing.moe_core.heads_harness import MOE, Trained, alone, runtime_of, small_config, train, worst
 
 KINDS = ("parameter", "exp_avg")

@@ -65,7 +65,7 @@ def trained(setting: Config, ranks: int, folder: Path) -> tuple[dict[str, np.nda
         for _ in range(setting.train.steps):
             session.train_step()
         values = {}
-        specs = session._parameters
+        specs = session.parameters
         for name, kind, value in BACKEND.trainer.tensors(session.state):
             spec = specs[name]
             parts = zip([p.name for p in spec.pieces], value) if spec.pieces else [(name, value)]
@@ -75,7 +75,7 @@ def trained(setting: Config, ranks: int, folder: Path) -> tuple[dict[str, np.nda
     results = run_ranks(ranks, rank)
     whole = {name: value for _, values in results for name, value in values.items()}
     home = slot_table(owners(9, ranks), ranks)
-    moved = sum(int((layer.planner.owned_RC != home).sum()) for layer in results[0][0]._placed)
+    moved = sum(int((layer.planner.owned_RC != home).sum()) for layer in results[0][0].placed)
     return whole, results[0][0].losses, moved
 
 
@@ -119,7 +119,7 @@ def test_swapping_a_pair_twice_restores_every_tensor_bit_by_bit(tmp_path: Path):
         session = Session.open(SWAPPED["flat"], BACKEND, comm, tmp_path)
         session.train_step()
         assert session.swapper is not None
-        layer = session._placed[0]
+        layer = session.placed[0]
         before = {(n, k): v for n, k, v in BACKEND.trainer.tensors(session.state)}
         table = layer.planner.owned_RC
         for _ in range(2):
