@@ -60,11 +60,11 @@ def shard_of(
             continue
         for piece, part in _parts(spec, value):
             key = f"{kind}/{piece.name}" + ("" if piece.stop is None else f"/{piece.start}")
-            arrays[key] = np.ascontiguousarray(part)
+            arrays[key] = np.asarray(part, order="C")
             place = (piece.start, piece.stop, piece.axis, piece.blocks)
             table.append(Entry(file, key, piece.name, kind, piece.shape, *place, part.dtype.name))
     for name, value in state.items():
-        arrays[f"{STATE}/{name}"] = np.ascontiguousarray(value)
+        arrays[f"{STATE}/{name}"] = np.asarray(value, order="C")
         whole = (0, None, None, 1, value.dtype.name)
         table.append(Entry(file, f"{STATE}/{name}", name, STATE, value.shape, *whole))
     return arrays, table
