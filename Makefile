@@ -43,7 +43,7 @@ test-all: $(DEV)
 check: $(DEV) links
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath "$$(command -v $(PY))"
 
 check-npu: $(DEV)
 	$(PY) tests/ascend/torch_npu/check_wheel.py
