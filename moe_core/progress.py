@@ -62,6 +62,8 @@ class RunView:
         """Show what is new."""
         records = self._follower.new_records()
         for record in records:
+            for told in record.get("warnings", []):
+                self._console.print(f"warning: {told}", highlight=False, soft_wrap=True)
             if "validation_loss" in record:
                 self._console.print(f"step {record['step']}: validation loss {_number(record['validation_loss'])}")
         if not records:

@@ -23,6 +23,7 @@ from .combinations import ConfigError, check_ranks, check_trainable, mesh_of
 from .config import Config
 from .data import Data, GlobalBatch, open_data
 from .faults import StepGuard, at_place, memory_explained, stalls_reported
+from .health import Health, gradient_norms, load_figures
 from .metrics import MetricsWriter
 from .model import Model, StepOutput, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
@@ -101,6 +102,7 @@ class Session:
     base_memory: int
     saver: Saver
     guard: StepGuard
+    health: Health
     step: int = 0
     losses: list[float] = field(default_factory=list)
     stop_requested: bool = False
@@ -144,7 +146,8 @@ class Session:
         watch = NonFiniteWatch(config.moe.nan_policy, comm.rank, model.moe_layers, train.sequence_length)
         saver = Saver(run_dir / CHECKPOINTS, comm, runtime.groups["world"], train.keep_last, train.save_async)
         guard = StepGuard(train.on_nan, train.explode_factor)
-        own = (routers, arrangement, watch, data, run_dir, base, saver, guard)
+        health = Health(model.moe_layers, train.health_every)
+        own = (routers, arrangement, watch, data, run_dir, base, saver, guard, health)
         return cls(config, backend, comm, runtime, model, state, *own, swapper=swapper)
 
     # --- the loop ----------------------------------------------------------------------------
@@ -195,6 +198,7 @@ class Session:
                     self.swapper.observe(output.stats)
         with phases("reduce"):
             trainer.reduce_gradients(self.state)
+            parts = self._gradient_norms() if self.health.wants_norms(self.step) else {}
             norm = trainer.clip_gradients(self.state, config.train.max_grad_norm)
         totals.scalars["bad_norms"] = float(not math.isfinite(norm))
         totals.scalars.update(self.saver.status())
@@ -208,7 +212,14 @@ class Session:
                 self.swapper.after_step(trainer, self.state, self.updates + 1)
         self.stop_requested = summary.flags > 0
         self.step += 1
-        return self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
+        record = self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
+        record |= {"grad_norms": parts} if parts else {}
+        self.warnings += self.health.warnings(record, summary.chosen_LE)
+        return record
+
+    def _gradient_norms(self) -> dict[str, float]:
+        found = self.backend.trainer.gradients(self.state)
+        return gradient_norms(found, self.model.parameters, self.runtime.groups, self.comm)
 
     def _update(self, summary: StepSummary, norm: float, rate: float) -> None:
         """The optimizer's step and what is learned without gradients, unless the step is a bad one (`train.on_nan`)."""
@@ -257,6 +268,7 @@ class Session:
             "phases": phases,
             "peak_memory_bytes": self._peak_memory(),
             **load_record(summary),
+            **load_figures(summary.chosen_LE),
         }
 
     def validation_loss(self) -> float:
