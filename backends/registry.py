@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from . import launchers
 from .launchers import LauncherName, LaunchError
@@ -48,10 +48,15 @@ class Home:
         return not self.device_files or any(glob.glob(pattern) for pattern in self.device_files)
 
 
+Settings = Mapping[str, Any]
+"""The section `communication` of a config, by field."""
+
+
 class HomeModule(Protocol):
     """What a home module offers.
 
-    It may also have device_count() -> int (without it ranks share the host), worker_environment() -> variables, and
+    It may also have device_count() -> int (without it ranks share the host), worker_environment(settings) ->
+    variables (settings: what `communication` says; missing ones have the home's defaults), and
     communicator_bytes(groups, environment) -> int.
     """
 
@@ -206,26 +211,28 @@ def is_scheduler() -> bool:
     return launchers.is_scheduler(os.environ)
 
 
-def worker_environment(python_folder: str, backend: str | None = None) -> dict[str, str]:
+def worker_environment(
+    python_folder: str, backend: str | None = None, settings: Settings | None = None
+) -> dict[str, str]:
     """Environment for local workers: one compute thread each and what the backend asks for; the user's values win.
 
     python_folder goes first on the path because msrun starts whatever `python` it finds there.
     """
     path = os.pathsep.join(p for p in (python_folder, os.environ.get("PATH", "")) if p)
-    asked = home_environment(backend) if backend else {}
+    asked = home_environment(backend, settings) if backend else {}
     return {"OMP_NUM_THREADS": "1", **asked, **os.environ, "PATH": path}
 
 
-def home_environment(backend: str) -> dict[str, str]:
+def home_environment(backend: str, settings: Settings | None = None) -> dict[str, str]:
     """Variables that a backend wants set before its framework starts in a worker; most want none."""
     make = getattr(_import(HOMES[backend]), "worker_environment", None)
-    return dict(make()) if make else {}
+    return dict(make(settings or {})) if make else {}
 
 
-def communicator_bytes(backend: str, groups: Sequence[tuple[int, ...]]) -> int:
+def communicator_bytes(backend: str, groups: Sequence[tuple[int, ...]], settings: Settings | None = None) -> int:
     """Device memory that a backend's transport takes for groups of these ranks; 0 where it takes none of note."""
     count = getattr(_import(HOMES[backend]), "communicator_bytes", None)
-    return int(count(groups, os.environ)) if count else 0
+    return int(count(groups, {**home_environment(backend, settings), **os.environ})) if count else 0
 
 
 def _automatic(decided_by: str) -> Choice:

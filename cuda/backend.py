@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..backends.torch_shared.trainer import TorchTrainer
 from . import comm, ops
 
-__all__ = ["comm", "device_count", "ops", "probe", "trainer"]
+__all__ = ["comm", "device_count", "ops", "probe", "trainer", "worker_environment"]
 
 trainer = TorchTrainer(torch.device("cuda"))
 
@@ -15,6 +18,12 @@ trainer = TorchTrainer(torch.device("cuda"))
 def device_count() -> int:
     """GPUs that processes of this host may use."""
     return torch.cuda.device_count()
+
+
+def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The host's interface, where one is named."""
+    interface = settings.get("network_interface")
+    return {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def probe() -> tuple[bool, str, dict[str, str]]:

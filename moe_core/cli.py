@@ -254,7 +254,7 @@ def launch_command(
     merged = load_config(config, words)
     check_ranks(merged, cluster.ranks)
     backend = command_line_backend(words) or merged.backend or ("ascend" if launcher == "msrun" else None)
-    wanted = home_environment(backend) if backend and backend in HOMES else {}
+    wanted = home_environment(backend, merged.communication.model_dump()) if backend and backend in HOMES else {}
     text = launch_text(launcher, cluster, [config, *words], run_dir, wanted)
     _emit({"launcher": launcher, "ranks": cluster.ranks, "text": text}, as_json, lambda: print(text, end=""))
 

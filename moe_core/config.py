@@ -206,6 +206,30 @@ class ClusterConfig(Section):
     device_memory_bytes: int | None = Field(default=None, gt=0)
 
 
+class CommunicationConfig(Section):
+    """What a device's collectives are told when workers start; a variable that is set already wins.
+
+    connect_timeout_s: a peer's first collective, after data and checkpoints were loaded; execute_timeout_s: inside a
+    running one; buffer_mb: per direction and communicator; network_interface: the host's, where it has several.
+    Hosts and NVIDIA GPUs take the interface only: there `train.timeout_s` bounds every collective.
+    """
+
+    connect_timeout_s: int = Field(default=1200, ge=120, le=7200)
+    execute_timeout_s: int = Field(default=1800, gt=0)
+    buffer_mb: int = Field(default=200, gt=0)
+    deterministic: bool = True
+    network_interface: str | None = None
+
+    @model_validator(mode="after")
+    def _first_error_is_the_true_one(self) -> CommunicationConfig:
+        if self.execute_timeout_s <= self.connect_timeout_s:
+            raise ValueError(
+                f"communication.execute_timeout_s={self.execute_timeout_s} must exceed communication.connect_timeout_s="
+                f"{self.connect_timeout_s}, or a late rank is reported as a hung collective"
+            )
+        return self
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -260,5 +284,6 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     moe: MoeConfig = MoeConfig()
     parallel: ParallelConfig = ParallelConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()

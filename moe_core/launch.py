@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,12 +43,13 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Local workers of one run."""
+    """Local workers of one run. communication: that section of its config, for the backend's variables."""
 
     order: Order
     nproc: int
     launcher: Launcher
     port: int
+    communication: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def logs(self) -> Path:
@@ -108,7 +109,7 @@ class _Workers:
     """The launcher's process and the line to its workers."""
 
     def __init__(self, job: Job, log: Any) -> None:
-        environment = worker_environment(str(Path(sys.executable).parent), job.order.backend)
+        environment = worker_environment(str(Path(sys.executable).parent), job.order.backend, job.communication)
         self._process = subprocess.Popen(
             job.command(),
             stdin=subprocess.PIPE,

@@ -136,8 +136,12 @@ def _memory(config: Config, mesh: Mesh, backend: str | None) -> Memory:
         gradients=stored * width,
         optimizer=2 * stored * width,
         activations=_activations(config, mesh),
-        communicators=communicator_bytes(backend, _rank_groups(config, mesh)) if backend else 0,
+        communicators=_communicators(config, mesh, backend) if backend else 0,
     )
+
+
+def _communicators(config: Config, mesh: Mesh, backend: str) -> int:
+    return communicator_bytes(backend, _rank_groups(config, mesh), config.communication.model_dump())
 
 
 def _rank_groups(config: Config, mesh: Mesh) -> list[tuple[int, ...]]:

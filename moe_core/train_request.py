@@ -99,7 +99,8 @@ def start(resolved: Resolved, console: Console) -> dict[str, Any]:
         return _join(resolved, console)
     port = free_port(resolved.port)
     open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
-    job = Job(resolved.order, resolved.ranks, launcher_name(resolved.choice.name), port)
+    told = resolved.config.communication.model_dump()
+    job = Job(resolved.order, resolved.ranks, launcher_name(resolved.choice.name), port, told)
     console.print(resolved.start_line(), highlight=False, soft_wrap=True)
     with RunView(resolved.run_dir, resolved.config.train.steps, console) as view:
         return run_job(job, view)

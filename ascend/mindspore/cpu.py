@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from . import runtime
 
@@ -13,6 +15,12 @@ _PARTS = {"ops": ".host_ops", "comm": ".gloo_comm", "trainer": ".host_trainer"}
 def probe() -> runtime.Probe:
     """(available, reason, versions); imports no framework."""
     return runtime.probe_host()
+
+
+def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The host's interface, where one is named."""
+    interface = settings.get("network_interface")
+    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def __getattr__(name: str) -> ModuleType:

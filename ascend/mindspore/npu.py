@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from .. import hccl
 from . import runtime
@@ -22,9 +23,9 @@ def device_count() -> int:
     return runtime.device_count()
 
 
-def worker_environment() -> dict[str, str]:
+def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
     """Variables that HCCL reads when it starts."""
-    return hccl.environment(hccl.HcclSettings())
+    return hccl.environment(hccl.HcclSettings(**settings))
 
 
 def communicator_bytes(groups: Sequence[tuple[int, ...]], environment: Mapping[str, str]) -> int:

@@ -36,14 +36,14 @@ def device_count() -> int:
     return int(_load().npu.device_count())
 
 
-def worker_environment() -> dict[str, str]:
+def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
     """What HCCL reads when it starts; torch-npu loaded by us alone, and an error where it lacks an operator.
 
     Left to itself torch loads it at every import, which fails where CANN is not set up, and an operator that is
     missing on the device is computed on the host without a word.
     """
     own = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}
-    return hccl.environment(hccl.HcclSettings()) | own
+    return hccl.environment(hccl.HcclSettings(**settings)) | own
 
 
 def communicator_bytes(groups: Sequence[tuple[int, ...]], environment: Mapping[str, str]) -> int:

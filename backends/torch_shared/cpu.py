@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..protocol import Launch
@@ -9,7 +12,7 @@ from . import host_ops as ops
 from .comm import TorchCommunicator
 from .trainer import TorchTrainer
 
-__all__ = ["comm", "ops", "probe", "trainer"]
+__all__ = ["comm", "ops", "probe", "trainer", "worker_environment"]
 
 trainer = TorchTrainer(torch.device("cpu"))
 
@@ -22,6 +25,12 @@ class Gloo:
 
 
 comm = Gloo()
+
+
+def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The host's interface, where one is named."""
+    interface = settings.get("network_interface")
+    return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def probe() -> tuple[bool, str, dict[str, str]]:

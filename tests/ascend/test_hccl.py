@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -10,6 +11,8 @@ import pytest
 from twinmoe.ascend import hccl
 from twinmoe.ascend.mindspore import npu
 from twinmoe.ascend.torch_npu import backend
+from twinmoe.backends import registry
+from twinmoe.moe_core.config import Config
 
 
 def test_environment_has_the_documented_variables() -> None:
@@ -92,6 +95,25 @@ def test_groups_of_the_same_ranks_share_a_communicator_on_mindspore_only() -> No
     assert backend.communicator_bytes(groups[:1] * 5, {}) == 5 * 400 * 2**20
 
 
+@pytest.mark.parametrize("home", ["ascend", "ascend-torch"])
+def test_the_config_s_defaults_are_hccl_settings_defaults_and_what_it_says_is_set(home: str) -> None:
+    default = Config().communication.model_dump()
+    assert hccl.HcclSettings(**default) == hccl.HcclSettings()
+    said = {**default, "connect_timeout_s": 300, "buffer_mb": 64, "network_interface": "eth1", "deterministic": False}
+    found = registry.home_environment(home, said)
+    assert (found["HCCL_CONNECT_TIMEOUT"], found["HCCL_BUFFSIZE"], found["HCCL_SOCKET_IFNAME"]) == ("300", "64", "eth1")
+    assert found["HCCL_DETERMINISTIC"] == "false"
+    assert registry.communicator_bytes(home, [(0, 1)], said) % (2 * 64 * 2**20) == 0
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda", "mindspore-cpu"])
+def test_elsewhere_only_the_interface_counts(home: str) -> None:
+    if home != "cpu" and importlib.util.find_spec("torch" if home == "cuda" else "mindspore") is None:
+        pytest.skip(f"the framework of {home} is not installed")
+    assert registry.home_environment(home, Config().communication.model_dump()) == {}
+    assert registry.home_environment(home, {"network_interface": "eth1"})["GLOO_SOCKET_IFNAME"] == "eth1"
+
+
 def test_workers_of_torch_npu_load_it_only_when_asked_and_compute_nothing_on_the_host() -> None:
-    extra = backend.worker_environment().items() - npu.worker_environment().items()
+    extra = backend.worker_environment({}).items() - npu.worker_environment({}).items()
     assert dict(extra) == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}

@@ -22,6 +22,9 @@ from twinmoe.moe_core.launch import Job, JobFailedError, free_port, run_job
 from twinmoe.moe_core.worker import Order, note_failure
 
 
+_BEFORE = "import json, os, sys, time\nrun = sys.argv[1]\n"
+
+
 @dataclass(frozen=True)
 class ScriptJob(Job):
     """A job whose launcher is a Python script that finds its run folder in argv[1]."""
@@ -41,7 +44,7 @@ class Silent:
 def job(tmp_path: Path) -> Callable[[str], ScriptJob]:
     (tmp_path / "logs").mkdir()
     order = Order("train", tmp_path, "cpu", "a test")
-    return lambda script: ScriptJob(order, 2, "torchrun", 1, "import json, os, sys, time\nrun = sys.argv[1]\n" + script)
+    return lambda script: ScriptJob(order, 2, "torchrun", 1, script=_BEFORE + script)
 
 
 def fail(rank: int, moment: float, sentence: str, request: bool = False) -> str:
