@@ -105,7 +105,8 @@ class Session:
     health: Health
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    stop_requested: bool = False
+    asked_to_stop: bool = False
+    stopping: bool = False
     swapper: Swapper | None = None
     resumed: Resumed | None = None
     modules: dict[str, Any] = field(init=False)
@@ -158,7 +159,7 @@ class Session:
         writer = MetricsWriter(self.run_dir, self.step) if self.comm.rank == 0 else None
         started, tokens = time.perf_counter(), 0
         try:
-            while self.step < train.steps and not self.stop_requested:
+            while self.step < train.steps and not self.stopping:
                 record = self.train_step()
                 tokens += int(record["tokens"])
                 record["warnings"] = self._new_warnings()
@@ -166,7 +167,7 @@ class Session:
                     record["validation_loss"] = self.validation_loss()
                 if writer is not None and (self.step % train.log_every == 0 or self.step == train.steps):
                     writer.write(self.step, record)
-                if self.stop_requested or (train.save_every and self.step % train.save_every == 0):
+                if self.stopping or (train.save_every and self.step % train.save_every == 0):
                     self.save()
             self.saver.finish()
             seconds = time.perf_counter() - started
@@ -210,7 +211,7 @@ class Session:
         if self.swapper is not None:
             with phases("swap"):
                 self.swapper.after_step(trainer, self.state, self.updates + 1)
-        self.stop_requested = summary.flags > 0
+        self.stopping = summary.flags > 0
         self.step += 1
         record = self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
         record |= {"grad_norms": parts} if parts else {}
@@ -244,7 +245,7 @@ class Session:
         moe = self.config.moe
         shape = (len(self.model.moe_layers), moe.num_heads * moe.num_experts)
         names = (*SCALARS, *sorted(k for k in totals.scalars if k.startswith(("bytes/", "save/"))))
-        return gather_totals(totals, self.comm, self.runtime.groups["world"], shape, names, self.stop_requested)
+        return gather_totals(totals, self.comm, self.runtime.groups["world"], shape, names, self.asked_to_stop)
 
     def _record(
         self, summary: StepSummary, norm: float, rate: float, tokens: int, seconds: float, phases: dict[str, float]
@@ -353,7 +354,7 @@ class Session:
         return max(0, self.backend.trainer.peak_memory() - self.base_memory)
 
     def _on_terminate(self, *_: object) -> None:
-        self.stop_requested = True
+        self.asked_to_stop = True  # `stopping` follows on all ranks at once, from a step's gather
 
 
 def _in_main_thread() -> bool:
