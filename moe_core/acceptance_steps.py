@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,8 @@ from .worker import Order
 TRAINING_STEPS = 20
 TOLERANCE = 1e-4
 """Relative difference of losses that another order of float32 sums may make in so many steps."""
+
+_LAYER_S = 120.0
 
 _MACHINE = (("npu-smi", "info"), ("nvidia-smi",), ("lscpu",), ("uname", "-srm"))
 _VERSION_FILES = (
@@ -105,6 +109,19 @@ def _bench_planner(_: Bench) -> dict[str, Any]:
 
 
 def _bench_layer(bench: Bench) -> dict[str, Any]:
+    """Fused operations beside plain ones, in a process of its own: the device is free again afterwards."""
+    words = [sys.executable, "-m", f"{__package__}.cli", "bench", "layer", "--backend", bench.choice.name, "--json"]
+    words += ["--dtype", "bfloat16" if bench.has_device else "float32", "--repeats", "5"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=_LAYER_S, check=False)
+    if done.returncode:
+        raise StepFailedError(
+            done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no answer",
+            {"stderr": done.stderr[-20000:]},
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _bench_schemes(bench: Bench) -> dict[str, Any]:
     request = bench_schemes_request.SchemesRequest(bench.where, ("ep", "llep"), ("balanced", "hot:75:8"), repeats=3)
     return bench_schemes_request.run(request)
 
@@ -175,7 +192,8 @@ STEPS: Mapping[str, tuple[Step, float]] = {
     "training, same seed": (_same_seed, 120.0),
     "training, recomputed": (_recomputed, 120.0),
     "bench comm": (_bench_comm, 120.0),
-    "bench layer": (_bench_layer, 120.0),
+    "bench layer": (_bench_layer, _LAYER_S),
+    "bench schemes": (_bench_schemes, 120.0),
     "bench planner": (_bench_planner, 60.0),
 }
 """Name -> (what to do, seconds)."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from twinmoe.backends.protocol import Launch
-from twinmoe.backends.registry import load
+from twinmoe.backends.registry import choose, load
 from twinmoe.moe_core import acceptance, acceptance_checks, acceptance_steps, cli
 from twinmoe.moe_core.acceptance import AcceptanceRequest
 from twinmoe.moe_core.combinations import ConfigError
@@ -126,3 +126,13 @@ def test_a_laptop_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "twinmoe_acceptance/checks/logs/rank_1.log" in names
     assert "twinmoe_acceptance/runs/first/metrics.jsonl" in names
     assert not [name for name in names if "checkpoints" in name]
+
+
+@pytest.mark.slow
+def test_fused_operations_are_timed_beside_plain_ones_in_a_process_of_their_own(tmp_path: Path) -> None:
+    report = acceptance_steps._bench_layer(acceptance_steps.Bench(choose("cpu"), 1, tmp_path))
+    assert [(row["shape"], row["ops"]) for row in report["rows"]] == [
+        (shape, ops) for shape in ("few-experts", "many-experts") for ops in ("fused", "plain")
+    ]
+    assert report["dtype"] == "float32"
+    assert all(row["milliseconds"] > 0 for row in report["rows"])
