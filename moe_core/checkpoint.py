@@ -28,7 +28,7 @@ STATE = "state"
 
 _STEP = re.compile(r"step_(\d{8})")
 _SHARD = re.compile(r"rank_\d{5}\.safetensors")
-_SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)")
+_SUM = re.compile(r"([0-9a-f]{64})  ([\w.]+)\n")
 
 
 class CheckpointError(Exception):
@@ -205,13 +205,18 @@ def _verified_manifest(folder: Path, share: tuple[int, int]) -> dict[str, Any]:
 def _sums(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, as SHA256SUMS says."""
     try:
-        lines = (folder / SUMS).read_text(encoding="ascii").splitlines()
+        text = (folder / SUMS).read_text(encoding="ascii")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / SUMS} cannot be read ({error}); take an older checkpoint") from error
-    found = [_SUM.fullmatch(line) for line in lines]
-    if not found or not all(found):
+    found = {match[2]: match[1] for match in _SUM.finditer(text)}
+    if not found or text != sums_text(found):
         raise CheckpointError(f"{folder / SUMS} is damaged; take an older checkpoint")
-    return {match[2]: match[1] for match in found if match}
+    return found
+
+
+def sums_text(digests: Mapping[str, str]) -> str:
+    """SHA256SUMS from file name -> SHA-256, as `sha256sum` writes it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in digests.items())
 
 
 def _verify(folder: Path, name: str, digest: str) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .train import Session
 
 LOSSES = "losses"
+_LONGEST = 1000
+"""Bytes of a sentence that ranks tell one another."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,19 @@ def open_newest(folders: Sequence[Path], comm: Communicator, world: Group) -> tu
             found = Checkpoint(folder, (world.index, world.size))
         except CheckpointError as error:
             problem = str(error)
-        bad = np.flatnonzero(comm.gather_to_host(np.array([int(found is None)]), world).reshape(-1))
-        if not len(bad) and found is not None:
+        problem = _first_said(problem, comm, world)
+        if not problem and found is not None:
             return found, [f"{sentence}: skipped" for sentence in told]
-        told.append(problem or f"{folder} is damaged, as rank {bad[0]} found; take an older checkpoint")
+        told.append(problem)
     raise CheckpointError("; ".join(told))
+
+
+def _first_said(sentence: str, comm: Communicator, world: Group) -> str:
+    """What the first rank that has something to say says, the same on every rank; '' if none does."""
+    mine = np.frombuffer(sentence.encode("utf-8")[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    rows = comm.gather_to_host(mine, world).astype(np.uint8)
+    said = (row.tobytes().rstrip(b"\0").decode("utf-8", "replace") for row in rows)
+    return next(filter(None, said), "")
 
 
 def restore(session: Session, folders: Sequence[Path]) -> Resumed | None:

@@ -22,7 +22,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..backends.protocol import Communicator, Group, Parameter, Piece
-from .checkpoint import FORMAT, LATEST, MANIFEST, STATE, SUMS, CheckpointError, Entry, sha256, step_name, steps_in
+from .checkpoint import (
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    STATE,
+    SUMS,
+    CheckpointError,
+    Entry,
+    sha256,
+    step_name,
+    steps_in,
+    sums_text,
+)
 
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EFBIG})
 """What a full or failing disk says: worth going on without this checkpoint."""
@@ -110,7 +122,7 @@ def publish(temporary: Path, final: Path, ranks: int, manifest: Mapping[str, Any
     whole["tensors"] = [entry for t in tables for entry in t["entries"]]
     _write_text(temporary / MANIFEST, json.dumps(whole))
     sums = {MANIFEST: sha256(temporary / MANIFEST), **whole["files"]}
-    _write_text(temporary / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    _write_text(temporary / SUMS, sums_text(sums))
     for rank in range(ranks):
         _table_path(temporary, rank).unlink()
     _flush(temporary)
