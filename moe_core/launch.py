@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..backends.registry import Launcher, worker_environment
+from .alive import forget, lost_rank
 from .combinations import ConfigError
 from .run_folder import LOGS, SUMMARY
 from .worker import Order
@@ -93,16 +94,17 @@ def run_job(job: Job, watcher: Watcher) -> dict[str, Any]:
     """
     _forget_earlier_ends(job)
     with (job.logs / _LAUNCHER_LOG).open("ab") as log, _Workers(job, log).running() as workers:
-        failed_at = None
+        failed_at, lost = None, None
         while workers.alive():
             watcher.poll()
-            if failed_at is None and any(job.logs.glob("rank_*.error.json")):
+            lost = lost_rank(job.logs) if lost is None else lost
+            if failed_at is None and (lost is not None or any(job.logs.glob("rank_*.error.json"))):
                 failed_at = time.monotonic()
             if workers.hurry or (failed_at is not None and time.monotonic() - failed_at > _ORDERLY):
                 workers.end()
             time.sleep(0.1)
     watcher.poll()
-    return _outcome(job, workers)
+    return _outcome(job, workers, lost)
 
 
 class _Workers:
@@ -166,14 +168,17 @@ def _forget_earlier_ends(job: Job) -> None:
     """A resumed run's folder tells how the last attempt ended."""
     for path in [*job.logs.glob("rank_*.error.json"), job.order.run_dir / SUMMARY]:
         path.unlink(missing_ok=True)
+    forget(job.logs)
 
 
-def _outcome(job: Job, workers: _Workers) -> dict[str, Any]:
+def _outcome(job: Job, workers: _Workers, lost: int | None) -> dict[str, Any]:
     summary = job.order.run_dir / SUMMARY
     failures = sorted((json.loads(p.read_text()) for p in job.logs.glob("rank_*.error.json")), key=lambda f: f["time"])
     if summary.exists() and not failures and workers.status == 0:
         return json.loads(summary.read_text(encoding="utf-8"))
     killed = _killed((job.logs / _LAUNCHER_LOG).read_text(encoding="utf-8", errors="replace"))
+    if killed is None and lost is not None:
+        killed = f"rank {lost} was ended from outside (often: out of memory); all ranks have ended"
     if killed and not (failures and failures[0]["request"]):
         raise JobFailedError(f"{killed}; see {job.logs}")
     if failures and failures[0]["request"]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from ..backends.protocol import Launch
 from ..backends.registry import Backend, BackendError, LaunchError, is_scheduler, load, read_launch
+from .alive import alive
 from .checkpoint import CheckpointError
 from .combinations import ConfigError
 from .compose import load_config
@@ -129,22 +130,23 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run one rank and leave without Python's shutdown, in which gloo's threads sometimes abort."""
     order = Order.parse(sys.argv[1:] if words is None else words)
+    _die_with_parent()
     if is_scheduler():
         load(order.backend, order.decided_by).comm.connect(read_launch())
         return
     launch = read_launch()
     _log_to(order.run_dir / LOGS / f"rank_{launch.rank}.log")
-    _die_with_parent()
     threading.Thread(target=_listen, daemon=True).start()
     status = 0
-    try:
-        report = TASKS[order.task](order, load(order.backend, order.decided_by), launch)
-        if launch.rank == 0:
-            (order.run_dir / SUMMARY).write_text(json.dumps(report), encoding="utf-8")
-    except BaseException as error:
-        note_failure(order.run_dir, launch.rank, error)
-        traceback.print_exc()
-        status = 1
+    with alive(order.run_dir / LOGS, launch.rank):
+        try:
+            report = TASKS[order.task](order, load(order.backend, order.decided_by), launch)
+            if launch.rank == 0:
+                (order.run_dir / SUMMARY).write_text(json.dumps(report), encoding="utf-8")
+        except BaseException as error:
+            note_failure(order.run_dir, launch.rank, error)
+            traceback.print_exc()
+            status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status or load(order.backend, order.decided_by).launcher == "torchrun":

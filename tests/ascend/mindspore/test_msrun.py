@@ -1,14 +1,19 @@
-"""MindSpore's own launcher on the host: our reading of its variables is its own numbering, and groups work."""
+"""MindSpore's own launcher on the host: our reading of its variables is its own numbering, groups work, and our
+supervisor ends a job that msrun alone would wait for."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from twinmoe.backends.registry import worker_environment
+from twinmoe.moe_core import launch
+from twinmoe.moe_core.launch import Job, JobFailedError, run_job
+from twinmoe.moe_core.worker import Order
 from twinmoe.testing.conftest import load_or_skip
 from twinmoe.testing.contract.test_comm import free_port
 
@@ -46,3 +51,27 @@ def test_ranks_and_groups_of_a_job_of_two(tmp_path: Path) -> None:
     logs = "\n".join(p.read_text() for p in sorted(tmp_path.glob("worker_*.log")))
     for line in ("rank 0", "rank 1", "collectives 0", "collectives 1"):
         assert line in logs.splitlines(), f"{output[-1500:]}\n{logs[-3000:]}"
+
+
+class Silent:
+    def poll(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS)
+def test_a_killed_rank_ends_an_msrun_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 dies after `init`; rank 0 and the scheduler, which wait for it, are ended within seconds."""
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(launch, "WORKER", "twinmoe.testing.ascend.mindspore.msrun_victim")
+    began = time.monotonic()
+    with pytest.raises(JobFailedError, match="rank 1 was ended from outside"):
+        run_job(Job(Order("train", tmp_path, "mindspore-cpu", "a test"), 2, "msrun", free_port()), Silent())
+    assert time.monotonic() - began < 60
+    assert running("msrun_victim") == []
+
+
+def running(word: str) -> list[str]:
+    """Command lines of processes with that word."""
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if word in line]
