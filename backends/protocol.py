@@ -191,6 +191,8 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+    no_overlap: str | None
+    """Why no work can go on during an exchange that was started; None where it can."""
 
     def group(self, name: str, partition: Sequence[Sequence[int]]) -> Group:
         """The group of this rank in a partition of all ranks. Collective: all ranks call it alike."""
@@ -205,8 +207,10 @@ class Communicator(Protocol):
         """
         ...
 
-    def all_to_all_start(self, x: Array, group: Group) -> Any:
-        """Begin an all_to_all of equal splits, to be ended by `all_to_all_finish`; other work may go on meanwhile.
+    def all_to_all_start(
+        self, x: Array, group: Group, send_splits: Sequence[int] | None = None, recv_splits: Sequence[int] | None = None
+    ) -> Any:
+        """Begin an all_to_all, to be ended by `all_to_all_finish`; other work may go on meanwhile.
 
         Adjoint: in flight likewise. A backend without asynchronous collectives does all of it here.
         """

@@ -22,6 +22,8 @@ __all__ = ["MindSporeCommunicator", "Splits", "Wire"]
 class MindSporeCommunicator:
     """protocol.Communicator over a wire; a group of one rank moves nothing."""
 
+    no_overlap = "a gradient that waits elsewhere has no place in MindSpore's functional differentiation"
+
     def __init__(self, rank: int, size: int, wire: Wire) -> None:
         self.rank, self.size, self._wire = rank, size, wire
         self.calls: CallLog = getattr(wire, "calls", None) or CallLog(rank)
@@ -49,9 +51,15 @@ class MindSporeCommunicator:
         _check_splits(x.shape[0], group, send, recv)
         return x if group.size == 1 else _all_to_all_op(x, self._line, group, send, recv)
 
-    def all_to_all_start(self, x: Tensor, group: Group) -> Tensor:
-        """All of it: a gradient that waits elsewhere has no place in MindSpore's functional differentiation."""
-        return self.all_to_all(x, group)
+    def all_to_all_start(
+        self,
+        x: Tensor,
+        group: Group,
+        send_splits: Sequence[int] | None = None,
+        recv_splits: Sequence[int] | None = None,
+    ) -> Tensor:
+        """All of it, as `no_overlap` says."""
+        return self.all_to_all(x, group, send_splits, recv_splits)
 
     def all_to_all_finish(self, started: Tensor) -> Tensor:
         return started

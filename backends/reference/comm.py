@@ -57,6 +57,8 @@ def run_ranks(size: int, fn: Callable[[Communicator], Any], timeout_s: float = 6
 class Communicator:
     """Collectives of one virtual rank. `log` lists every collective in order, adjoints included."""
 
+    no_overlap = None
+
     def __init__(self, world: World, rank: int) -> None:
         self.rank = rank
         self.size = world.size
@@ -88,9 +90,11 @@ class Communicator:
 
         return apply(raw, x)
 
-    def all_to_all_start(self, x: Var, group: Group) -> Var:
+    def all_to_all_start(
+        self, x: Var, group: Group, send_splits: Sequence[int] | None = None, recv_splits: Sequence[int] | None = None
+    ) -> Var:
         """All of it: virtual ranks have nothing to do meanwhile."""
-        return self.all_to_all(x, group)
+        return self.all_to_all(x, group, send_splits, recv_splits)
 
     def all_to_all_finish(self, started: Var) -> Var:
         return started

@@ -114,6 +114,8 @@ def _store(launch: Launch, timeout: timedelta) -> Store:
 class TorchCommunicator:
     """protocol.Communicator over one process group per `Group`. `device` holds the tensors of the collectives."""
 
+    no_overlap = None
+
     def __init__(self, launch: Launch, backend: str, device: torch.device) -> None:
         self.rank, self.size = launch.rank, launch.size
         self.calls = CallLog(launch.rank)
@@ -157,8 +159,17 @@ class TorchCommunicator:
         send, recv = (None if s is None else [int(v) for v in s] for s in (send_splits, recv_splits))
         return _AllToAll.apply(x, send, recv, self._line(group), self._spans_nodes(group))  # type: ignore[no-any-return]
 
-    def all_to_all_start(self, x: Tensor, group: Group) -> Any:
-        return x if group.size == 1 else flight.start(x, self._line(group))
+    def all_to_all_start(
+        self,
+        x: Tensor,
+        group: Group,
+        send_splits: Sequence[int] | None = None,
+        recv_splits: Sequence[int] | None = None,
+    ) -> Any:
+        if group.size == 1:
+            return x
+        send, recv = (None if s is None else [int(v) for v in s] for s in (send_splits, recv_splits))
+        return flight.start(x, flight.Flight(self._line(group), send, recv, self._spans_nodes(group)))
 
     def all_to_all_finish(self, started: Any) -> Tensor:
         return started if isinstance(started, Tensor) else flight.finish(started)

@@ -15,6 +15,12 @@ from torch import Tensor
 
 def exchange(x: Tensor, y: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any) -> None:
     """Rows of x, cut by `send` (None: equally), to the ranks of the group; y takes what they send."""
+    for work in post(x, y, send, recv, handle):
+        work.wait()
+
+
+def post(x: Tensor, y: Tensor, send: list[int] | None, recv: list[int] | None, handle: Any) -> list[Any]:
+    """The same, under way: what to wait for before y is read or x is written."""
     me, size = dist.get_rank(handle), dist.get_world_size(handle)
     outgoing = x.split(send or [x.shape[0] // size] * size)
     incoming = y.split(recv or [y.shape[0] // size] * size)
@@ -23,6 +29,4 @@ def exchange(x: Tensor, y: Tensor, send: list[int] | None, recv: list[int] | Non
     waiting = [dist.irecv(incoming[p], place[p], group=handle) for p in peers if incoming[p].shape[0]]
     waiting += [dist.isend(outgoing[p], place[p], group=handle) for p in peers if outgoing[p].shape[0]]
     incoming[me].copy_(outgoing[me])
-    for work in waiting:
-        assert work is not None
-        work.wait()
+    return waiting

@@ -6,6 +6,7 @@ the engine computes between the two runs under the exchange. All calls are issue
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +14,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import direct
 from .line import Line
 
 
 @dataclass
 class Flight:
-    """One exchange and its adjoint. `held`: what must live until the wait."""
+    """One exchange and its adjoint. send, recv: rows by rank (None: equal); far: between nodes.
+
+    held: what must live until the wait. gradient: that of x, on its way; the engine would not take it from `finish`,
+    whose input has other rows.
+    """
 
     line: Line
-    work: Any = None
+    send: list[int] | None = None
+    recv: list[int] | None = None
+    far: bool = False
+    work: Sequence[Any] = ()
     held: Any = None
+    gradient: Tensor | None = None
 
     def issue(self, x: Tensor) -> Tensor:
-        """An all-to-all of equal splits; the result is not there before `land`."""
+        """An all-to-all; the result is not there before `land`."""
         x = x.contiguous()
-        y = torch.empty_like(x)
-        with self.line.call("all_to_all, begun", x):
-            self.work, self.held = dist.all_to_all_single(y, x, group=self.line.handle, async_op=True), x
+        y = x.new_empty((x.shape[0] if self.recv is None else sum(self.recv), *x.shape[1:]))
+        with self.line.call("all_to_all, begun", x, self.send, self.recv):
+            if self.far and dist.get_backend(self.line.handle) == "gloo":
+                self.work = direct.post(x, y, self.send, self.recv, self.line.handle)
+            else:
+                handle = self.line.handle
+                self.work = [dist.all_to_all_single(y, x, self.recv, self.send, group=handle, async_op=True)]
+        self.held = x
         return y
 
     def land(self) -> None:
-        with self.line.call("all_to_all, awaited", self.held):
-            self.work.wait()
-        self.line = self.line.back()
-        self.work = self.held = None
+        """Wait; what is issued next is the adjoint."""
+        with self.line.call("all_to_all, awaited", self.held, self.send, self.recv):
+            for work in self.work:
+                work.wait()
+        self.line, self.send, self.recv = self.line.back(), self.recv, self.send
+        self.work, self.held = (), None
 
 
 class _Start(torch.autograd.Function):
@@ -48,7 +65,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         ctx.flight.land()
-        return grads[0], None
+        gradient, ctx.flight.gradient = ctx.flight.gradient, None
+        return gradient, None
 
 
 class _Finish(torch.autograd.Function):
@@ -60,12 +78,12 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.issue(grads[0]), None
+        ctx.flight.gradient = ctx.flight.issue(grads[0])
+        return grads[0], None
 
 
-def start(x: Tensor, line: Line) -> tuple[Tensor, Flight]:
+def start(x: Tensor, flight: Flight) -> tuple[Tensor, Flight]:
     """(the result to be, its flight)."""
-    flight = Flight(line)
     return _Start.apply(x, flight), flight  # type: ignore[return-value]
 
 

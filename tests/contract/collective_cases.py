@@ -42,6 +42,22 @@ def all_to_all_round_trip(job: Job) -> Evaluation:
     return job.evaluate(there_and_back, numbered_rows(job.rank, sum(send)))
 
 
+def two_all_to_alls_in_flight(job: Job) -> Evaluation:
+    """Both begun before either is ended; work meanwhile; ended in the order of their beginning."""
+    send, receive = splits(job)
+
+    def fn(x: Any, z: Any) -> list[Any]:
+        first = job.comm.all_to_all_start(x, job.world, send, receive)
+        second = job.comm.all_to_all_start(z, job.world)
+        square = x * x
+        y = job.comm.all_to_all_finish(first)
+        back = job.comm.all_to_all_start(y * float(job.rank + 1), job.world, receive, send)
+        equal = job.comm.all_to_all_finish(second)
+        return [job.comm.all_to_all_finish(back) + square, equal * equal]
+
+    return job.evaluate(fn, numbered_rows(job.rank, sum(send)), job.normal(2 * job.size, 3))
+
+
 def all_to_all_of_numpy_integers(job: Job) -> Evaluation:
     send, receive = (np.array(s, np.int32) for s in splits(job))
     return job.evaluate(
@@ -229,6 +245,7 @@ SCENARIOS: dict[str, Scenario] = {
     for fn in (
         all_to_all_uneven,
         all_to_all_round_trip,
+        two_all_to_alls_in_flight,
         all_to_all_of_numpy_integers,
         all_to_all_of_nothing,
         all_to_all_to_one_rank,
