@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +21,7 @@ from .combinations import ConfigError
 from .compose import load_config
 from .config import Config, MoeConfig
 from .mesh import Mesh
+from .plain_ops import contract_of, plain_ops, replaced
 from .routing.base import Memo, Tokens
 from .synthetic import ScriptedRouter, Skew, choose
 from .transformer import scoped
@@ -198,28 +198,11 @@ def _row(request: LayerRequest, name: str, config: Config, contender: Contender)
 
 def _flops(moe: MoeConfig, width: int) -> float:
     """Floating-point operations of one copy's products, forward and backward (twice the forward)."""
-    matrices = 3 if moe.activation == "swiglu" else 2
+    matrices = 2 if moe.activation == "gelu" else 3
     return 3.0 * 2.0 * matrices * width * moe.expert_hidden_size
 
 
 # --- operations --------------------------------------------------------------------------------
-def plain_ops(ops: Ops) -> Ops:
-    """The same contract with swiglu experts and weighted sums made of elementary operations."""
-
-    def expert_mlp(x_ND: Array, w_up: Array, w_down: Array, counts_G: Array, activation: str) -> Array:
-        half = w_down.shape[1]
-        gate, linear = ops.split(ops.grouped_matmul(x_ND, w_up, counts_G), [half, half], 1)
-        return ops.grouped_matmul(gate * ops.sigmoid(gate) * linear, w_down, counts_G)
-
-    def combine_rows(rows_ND: Array, index_TK: Array, weights_TK: Array) -> Array:
-        (tokens, top_k), width = index_TK.shape, rows_ND.shape[1]
-        wide = ops.cast(ops.take_rows(rows_ND, index_TK.reshape((-1,))), ops.dtype_of(weights_TK))
-        y_TKD = (wide * weights_TK.reshape((-1, 1))).reshape((tokens, top_k, width))
-        return ops.cast(y_TKD.sum(1), ops.dtype_of(rows_ND))
-
-    return _replaced(ops, {"expert_mlp": expert_mlp, "combine_rows": combine_rows})
-
-
 class ByteCounter:
     """Operations that add up the bytes of the floating arrays they return while `counts` is set.
 
@@ -230,8 +213,8 @@ class ByteCounter:
 
     def __init__(self, ops: Ops) -> None:
         self._plain, self.bytes, self.counts = ops, 0, False
-        watched = {name: self._watched(f) for name, f in _functions(ops).items() if name not in self._UNCOUNTED}
-        self.ops = _replaced(ops, watched)
+        watched = {name: self._watched(f) for name, f in contract_of(ops).items() if name not in self._UNCOUNTED}
+        self.ops = replaced(ops, watched)
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -242,12 +225,3 @@ class ByteCounter:
             return result
 
         return call
-
-
-def _replaced(ops: Ops, functions: Mapping[str, Callable[..., Any]]) -> Ops:
-    return cast(Ops, SimpleNamespace(**{**_functions(ops), **functions}))
-
-
-def _functions(ops: Ops) -> dict[str, Callable[..., Any]]:
-    """What the contract names, and no more."""
-    return {name: getattr(ops, name) for name in vars(Ops) if not name.startswith("_")}

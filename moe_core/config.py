@@ -32,7 +32,11 @@ class MoeConfig(Section):
     num_experts: int = Field(default=8, gt=0)
     top_k: int = Field(default=2, gt=0)
     expert_hidden_size: int = Field(default=512, gt=0)
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "gelu", "swiglu_clamped"] = "swiglu"
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = Field(default=7.0, gt=0)
+    expert_bias: bool = False
+    router_bias: bool = False
     router: RouterName = "topk"
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     softmax_order: Literal["before_topk", "after_topk"] = "before_topk"
@@ -86,8 +90,24 @@ class MoeConfig(Section):
         return self
 
 
+class RopeScaling(Section):
+    """YaRN: slow rotary frequencies are divided by `factor`, fast ones stay, those between are mixed."""
+
+    factor: float = Field(gt=0)
+    original_length: int = Field(gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    truncate: bool = True
+    attention_factor: float | None = Field(default=None, gt=0)
+
+
 class ModelConfig(Section):
-    """A pre-norm decoder around the MoE layer."""
+    """A pre-norm decoder around the MoE layer.
+
+    qk_norm: true norms each head by itself, `whole` all heads at once (OLMoE). attention_bias: of q, k and v.
+    attention_sinks: a learned logit per head in the softmax, without a value (gpt-oss). sliding_window: how far back
+    a token sees, in `sliding_layers` (null: in all). init_from: folder of a checkpoint to start from.
+    """
 
     vocab_size: int = Field(default=257, gt=0)
     hidden_size: int = Field(default=256, gt=0)
@@ -98,12 +118,18 @@ class ModelConfig(Section):
     num_dense_layers: int = Field(default=0, ge=0)
     dense_hidden_size: int | None = None
     dense_activation: Literal["swiglu", "gelu"] = "swiglu"
-    qk_norm: bool = False
+    qk_norm: bool | Literal["whole"] = False
     attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_sinks: bool = False
+    sliding_window: int | None = Field(default=None, gt=0)
+    sliding_layers: tuple[int, ...] | None = None
     tie_embeddings: bool = False
     norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
     init_std: float = Field(default=0.02, gt=0)
+    init_from: str | None = None
     layer_shape_only: bool = False
     """The file gives the MoE layer of a published model whose other parts differ: no training, only shapes."""
 
@@ -231,7 +257,11 @@ class CommunicationConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The loop.
+
+    plain_ops: no fused experts and weighted sums, for devices that lack a kernel; synchronous: wait for the device
+    after every layer, so that an error appears where it is caused. Both are slow.
+    """
 
     steps: int = Field(default=100, gt=0)
     seed: int = 0
@@ -258,6 +288,8 @@ class TrainConfig(Section):
     health_every: int = Field(default=50, ge=0)
     log_every: int = Field(default=1, gt=0)
     timeout_s: float = Field(default=120.0, gt=0)
+    plain_ops: bool = False
+    synchronous: bool = False
 
 
 class DataConfig(Section):

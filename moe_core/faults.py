@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,10 @@ class LossError(FloatingPointError):
 
 class OutOfMemoryError(RuntimeError):
     """A rank has no memory left. The message names rank, place in the model and rows."""
+
+
+class MissingOperatorError(RuntimeError):
+    """A device without a kernel that the model needs. The message names rank, place and what does without it."""
 
 
 class StuckError(RuntimeError):
@@ -127,14 +132,45 @@ def out_of_memory(comm: Communicator, step: int, error: BaseException, rows: int
 
 
 @contextmanager
-def memory_explained(comm: Communicator, step: int, rows: int) -> Iterator[None]:
-    """Around what may run out of memory. OutOfMemoryError instead of the framework's own error."""
+def errors_explained(comm: Communicator, step: int, rows: int) -> Iterator[None]:
+    """OutOfMemoryError or MissingOperatorError, with the place in the model, instead of the framework's own error."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(comm, step, error, rows) from error
+        if missing_operator(error) is not None:
+            raise _missing(comm, step, error) from error
         raise
+
+
+# --- operators -------------------------------------------------------------------------------------
+_MISSING = (
+    r"kernel (\w+) unregistered",
+    r"[Uu]nsupported op \[(\w+)",
+    r"(aclnn\w+)[^\n]*(?:not in|not found|[Dd]lsym)|[Dd]lsym (aclnn\w+)",
+    r"Could not run '([\w:]+)' with arguments",
+)
+"""How MindSpore, CANN and torch say that a device has no such kernel."""
+
+
+def missing_operator(error: BaseException) -> str | None:
+    """The operator that this device's software lacks, if that is what an error of any framework says."""
+    if not isinstance(error, (RuntimeError, NotImplementedError)):
+        return None
+    found = next((m for m in (re.search(p, str(error)) for p in _MISSING) if m is not None), None)
+    return None if found is None else next(name for name in found.groups() if name)
+
+
+def _missing(comm: Communicator, step: int, error: BaseException) -> MissingOperatorError:
+    calls = getattr(comm, "calls", None)
+    place = calls.place if calls is not None and calls.place else "backward or outside the layers"
+    first = next(iter(str(error).strip().splitlines()), "")
+    return MissingOperatorError(
+        f"rank {comm.rank}: this device has no kernel for {missing_operator(error)}, met in {place}, step {step} "
+        f"({first}). Set train.plain_ops=true, which does without fused experts and weighted sums, or install newer "
+        "device software; a device tells late, and train.synchronous=true makes the place exact"
+    )
 
 
 # --- ranks that wait -------------------------------------------------------------------------------
@@ -146,8 +182,13 @@ class Log(Protocol):
     def told(self) -> str: ...
 
 
-def at_place(comm: Communicator, name: str, module: Callable[..., Any]) -> Callable[..., Any]:
-    """The module, with its name in the log of calls while it runs; on an error the name stays for the report."""
+def at_place(
+    comm: Communicator, name: str, module: Callable[..., Any], settle: Callable[[], None] | None = None
+) -> Callable[..., Any]:
+    """The module, with its name in the log of calls while it runs; on an error the name stays for the report.
+
+    settle: waits for the device after each call (`train.synchronous`), so that an error appears where it is caused.
+    """
     calls = getattr(comm, "calls", None)
     if calls is None:
         return module
@@ -155,6 +196,8 @@ def at_place(comm: Communicator, name: str, module: Callable[..., Any]) -> Calla
     def call(*inputs: Any) -> Any:
         before, calls.place = calls.place, name
         out = module(*inputs)
+        if settle is not None:
+            settle()
         calls.place = before
         return out
 

@@ -22,12 +22,14 @@ from .checkpoint import CHECKPOINTS, candidates
 from .combinations import ConfigError, check_ranks, check_trainable, mesh_of
 from .config import Config
 from .data import Data, GlobalBatch, open_data
-from .faults import StepGuard, at_place, memory_explained, stalls_reported
+from .faults import StepGuard, at_place, errors_explained, stalls_reported
 from .health import Health, gradient_norms, load_figures
+from .init_from import open_source, started_from
 from .metrics import MetricsWriter
 from .model import Model, StepOutput, build_model
 from .observe import StepSummary, StepTotals, gather_totals, load_record
 from .placement import PlacedLayer, placed_layers, placed_parameters
+from .plain_ops import plain_ops
 from .resume import Resumed, manifest_of, restore, state_of
 from .router_states import RouterStates
 from .routing.arrangement import Arrangement, arrangement_of
@@ -49,11 +51,12 @@ def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume:
     config = config.model_copy(update={"cluster": cluster_of_launch(launch, config.cluster)})
     comm = backend.comm.connect(launch)
     with stalls_reported(comm, run_dir / LOGS, launch.timeout_s):
+        saved = candidates(run_dir, resume)
         try:
-            session = Session.open(config, backend, comm, run_dir)
+            session = Session.open(config, backend, comm, run_dir, fresh=not saved)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        session.resumed = restore(session, candidates(run_dir, resume))
+        session.resumed = restore(session, saved)
         summary = session.train()
         comm.close()  # not after a failure: others would not come to its barrier
     return summary
@@ -114,13 +117,15 @@ class Session:
     told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.modules = {name: at_place(self.comm, name, module) for name, module in self.state.modules.items()}
+        settle = self.backend.trainer.synchronize if self.config.train.synchronous else None
+        self.modules = {name: at_place(self.comm, name, module, settle) for name, module in self.state.modules.items()}
 
     @classmethod
-    def open(cls, config: Config, backend: Backend, comm: Communicator, run_dir: Path) -> Session:
-        """Data, mesh, model and optimizer of this rank."""
+    def open(cls, config: Config, backend: Backend, comm: Communicator, run_dir: Path, fresh: bool = True) -> Session:
+        """Data, mesh, model and optimizer of this rank. fresh: first values come from where the config says."""
         data = open_data(config.data, config.train)
-        runtime = make_runtime(backend.ops, comm, mesh_of(config, comm.size), config.parallel, config.cluster)
+        ops = plain_ops(backend.ops) if config.train.plain_ops else backend.ops
+        runtime = make_runtime(ops, comm, mesh_of(config, comm.size), config.parallel, config.cluster)
         check_shared(comm, runtime.groups["world"], run_dir)
         data.batch(0).for_rank(0, runtime.mesh.token_ranks)
         if data.vocab_size > config.model.vocab_size:
@@ -129,6 +134,10 @@ class Session:
                 f"{data.vocab_size - 1}; set it to at least {data.vocab_size}"
             )
         model = build_model(config, runtime)
+        components = model.components
+        if fresh and config.model.init_from is not None:
+            source = open_source(Path(config.model.init_from), config, (comm.rank, comm.size))
+            components = started_from(components, source)
         train = config.train
         options = TrainOptions(
             dtype=train.dtype,
@@ -138,7 +147,7 @@ class Session:
             weight_decay=train.weight_decay,
             data_sharding=config.parallel.data_sharding,
         )
-        state = backend.trainer.build(model.components, options, runtime.groups, comm)
+        state = backend.trainer.build(components, options, runtime.groups, comm)
         base = backend.trainer.peak_memory(reset=True)
         swapper = swapper_of(config, runtime, model)
         routers = RouterStates(model.routers)
@@ -188,7 +197,7 @@ class Session:
         totals = StepTotals()
         micros = mine.micro_batches(config.train.micro_batch_size)
         rows = micros[0].tokens_SL.size * config.moe.top_k * config.moe.num_heads
-        with phases("forward_backward"), memory_explained(self.comm, self.step + 1, rows):
+        with phases("forward_backward"), errors_explained(self.comm, self.step + 1, rows):
             for micro in micros:
                 _, output = trainer.accumulate(self.state, lambda m=micro: self._loss(m))
                 totals.add(self.backend.ops, output, self.runtime.groups["expert"].index)
@@ -210,7 +219,7 @@ class Session:
             self._update(summary, norm, rate)
         if self.swapper is not None:
             with phases("swap"):
-                self.swapper.after_step(trainer, self.state, self.updates + 1)
+                self.swapper.after_step(trainer, self.state)
         self.stopping = summary.flags > 0
         self.step += 1
         record = self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
