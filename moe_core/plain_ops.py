@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from ..backends.protocol import Array, Ops
+
+Activation = Literal["swiglu", "gelu"]
 
 
 def plain_ops(ops: Ops) -> Ops:
     """The same contract; swiglu experts, weighted sums and RMS norms are sequences of elementary operations."""
 
-    def expert_mlp(x_ND: Array, w_up: Array, w_down: Array, counts_G: Array, activation: str) -> Array:
+    def expert_mlp(x_ND: Array, w_up: Array, w_down: Array, counts_G: Array, activation: Activation) -> Array:
         if activation != "swiglu":  # the contract has no error function for a plain gelu
             return ops.expert_mlp(x_ND, w_up, w_down, counts_G, activation)
         half = w_down.shape[1]
