@@ -431,6 +431,17 @@ class Trainer(Protocol):
         """Write local values back in place; `step` = optimizer updates done."""
         ...
 
+    def state_rows(self, state: State, places: Sequence[tuple[str, int]]) -> list[list[Array]]:
+        """For each (parameter name, row of axis 0): copies of that row of the parameter and of each tensor that the
+        optimizer keeps of it, in the order of `tensors`, on the device. ValueError where the parameter is sharded."""
+        ...
+
+    def write_state_rows(
+        self, state: State, places: Sequence[tuple[str, int]], rows: Sequence[Sequence[Array]]
+    ) -> None:
+        """Write rows as `state_rows` gives them, in place; nothing else is copied or changed."""
+        ...
+
     def peak_memory(self, reset: bool = False) -> int:
         """Largest number of bytes held since the last reset (device), or resident set size (host)."""
         ...

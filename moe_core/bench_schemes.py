@@ -211,7 +211,7 @@ def _warm_up(contender: Contender, backend: Backend) -> None:
             continue
         assert out.stats is not None
         contender.swapper.observe([out.stats])
-        swaps = contender.swapper.after_step(trainer, contender.state, step + 1)
+        swaps = contender.swapper.after_step(trainer, contender.state)
         contender.swaps += sum(s is not None for s in swaps)
         if not any(swaps) and step > 0:
             break

@@ -199,13 +199,13 @@ def run_steps(case: Case, problem: Problem, backend: Any, runtime: Runtime) -> l
     specs, results = {p.name: p for p in parameters}, []
     for step in range(case.steps):
         if step and case.parallel.placement == "swap":
-            specs = _swap_ends(parts, specs, backend, state, runtime, step)
+            specs = _swap_ends(parts, specs, backend, state, runtime)
         results.append(_one_step(case, problem, backend, state, mine, specs))
     return results
 
 
 def _swap_ends(
-    parts: LayerParts, specs: dict[str, Parameter], backend: Any, state: Any, runtime: Runtime, updates: int
+    parts: LayerParts, specs: dict[str, Parameter], backend: Any, state: Any, runtime: Runtime
 ) -> dict[str, Parameter]:
     """Between two steps the first and the last expert change places; the parameters as they lie then."""
     planner, group = getattr(parts.layer, "planner", None), runtime.groups["expert"]
@@ -215,7 +215,7 @@ def _swap_ends(
     last = len(rank_of_expert(planner.owned_RC)) - 1
     move = move_of(layer, 0, last, group.index)
     moves = [] if move is None else [move]
-    exchange_rows(backend.ops, backend.trainer, state, runtime.comm, group, moves, updates)
+    exchange_rows(backend.ops, backend.trainer, state, runtime.comm, group, moves)
     planner.owned_RC = exchanged(planner.owned_RC, 0, last)
     return placed_parameters(specs, [layer], group.index)
 

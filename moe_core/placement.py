@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..backends.protocol import Array, Communicator, Group, Ops, Parameter, State, Trainer
+from ..backends.protocol import Array, Communicator, DType, Group, Ops, Parameter, State, Trainer
 from .plan import Plan
 from .planners.swap import Demand, LevelCounts
 from .residency.owned import expert_name
+from .transport.hierarchical import BYTES
 
 
 class Owners(Protocol):
@@ -87,41 +89,31 @@ def move_of(layer: PlacedLayer, first: int, second: int, rank: int) -> Move | No
 
 
 def exchange_rows(
-    ops: Ops,
-    trainer: Trainer,
-    state: State,
-    comm: Communicator,
-    group: Group,
-    moves: Sequence[Move],
-    updates: int,
+    ops: Ops, trainer: Trainer, state: State, comm: Communicator, group: Group, moves: Sequence[Move]
 ) -> int:
     """Swap rows of stacks (weights and all optimizer state) with peers; returns the bytes that this rank sent.
 
     Collective over the group; one batch of point-to-point messages, one per peer and dtype. A stack may appear in
-    one move only. updates: optimizer steps done so far. Copies the affected stacks to the host and back.
+    one move only. Only the rows concerned are copied, on the device.
     """
-    move_of_stack = {name: move for move in moves for name in move.stacks}
-    held: list[tuple[str, str, np.ndarray]] = []
-    if moves:
-        held = [(n, kind, np.array(v)) for n, kind, v in trainer.tensors(state) if n in move_of_stack]
-    parcels: dict[tuple[int, str], list[np.ndarray]] = defaultdict(list)
-    for name, _, value in held:
-        move = move_of_stack[name]
-        parcels[move.peer, value.dtype.str].append(value[move.row])
+    places = [(name, move.row) for move in moves for name in move.stacks]
+    peers = [move.peer for move in moves for _ in move.stacks]
+    leaving = trainer.state_rows(state, places)
+    parcels: dict[tuple[int, DType], list[tuple[int, int]]] = defaultdict(list)
+    for i, rows in enumerate(leaving):
+        for j, row in enumerate(rows):
+            parcels[peers[i], ops.dtype_of(row)].append((i, j))
     keys = sorted(parcels)
-    flat = {key: np.concatenate([row.reshape(-1) for row in parcels[key]]) for key in keys}
-    sends = [(peer, ops.asarray(flat[peer, dtype])) for peer, dtype in keys]
+    sends = [(key[0], ops.concat([leaving[i][j].reshape((-1,)) for i, j in parcels[key]])) for key in keys]
     arrived = comm.exchange(sends, sends, group)
-    rows: dict[tuple[int, str], Array] = {}
-    for key, value in zip(keys, arrived, strict=True):
-        cuts = np.cumsum([row.size for row in parcels[key]])[:-1].tolist()
-        rows[key] = iter(np.split(ops.to_numpy(value), cuts))
-    for name, _, value in held:
-        move = move_of_stack[name]
-        value[move.row] = next(rows[move.peer, value.dtype.str]).reshape(value.shape[1:])
-    if held:
-        trainer.load_tensors(state, held, updates)
-    return sum(part.nbytes for part in flat.values())
+    arriving = [list(rows) for rows in leaving]
+    for key, message in zip(keys, arrived, strict=True):
+        sizes = [prod(leaving[i][j].shape) for i, j in parcels[key]]
+        for (i, j), part in zip(parcels[key], ops.split(message, sizes), strict=True):
+            arriving[i][j] = part.reshape(leaving[i][j].shape)
+    if places:
+        trainer.write_state_rows(state, places, arriving)
+    return sum(BYTES[key[1]] * prod(leaving[i][j].shape) for key in keys for i, j in parcels[key])
 
 
 def placed_parameters(

@@ -94,7 +94,7 @@ class Swapper:
         ]
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
 
-    def after_step(self, trainer: Trainer, state: State, updates: int) -> list[Swap | None]:
+    def after_step(self, trainer: Trainer, state: State) -> list[Swap | None]:
         """Decide one pair per layer from what was observed, move it, forget the counts. Collective.
 
         One all-reduce and one batch of messages for all layers. Call it after the optimizer's step.
@@ -109,7 +109,7 @@ class Swapper:
             mine = move_of(layer, swap.first, swap.second, self.expert.index)
             moves += [] if mine is None else [mine]
         if any(swaps):
-            self.bytes_sent += exchange_rows(self.ops, trainer, state, self.comm, self.expert, moves, updates)
+            self.bytes_sent += exchange_rows(self.ops, trainer, state, self.comm, self.expert, moves)
         for layer, swap in zip(self.layers, swaps, strict=True):
             if swap is not None:
                 layer.planner.owned_RC = exchanged(layer.planner.owned_RC, swap.first, swap.second)

@@ -18,8 +18,10 @@ from .trainer import (
     load_tensors,
     module,
     reduce_gradients,
+    state_rows,
     step,
     tensors,
+    write_state_rows,
 )
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "module",
     "peak_memory",
     "reduce_gradients",
+    "state_rows",
     "step",
     "synchronize",
     "tensors",
+    "write_state_rows",
 ]
 
 

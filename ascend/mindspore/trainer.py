@@ -181,3 +181,29 @@ def load_tensors(state: MindSporeState, values: Iterable[tuple[str, str, np.ndar
         local = state.shards[name].cut(array) if name in state.shards else array
         ops.assign(target, asarray(local).astype(target.dtype))
     state.updates = step
+
+
+def state_rows(state: MindSporeState, places: Sequence[tuple[str, int]]) -> list[list[Tensor]]:
+    """Copies of one row of a parameter and of each tensor that the optimizer keeps of it, on the device."""
+    return [
+        [mint.narrow(kept, 0, row, 1).reshape(kept.shape[1:]).copy() for kept in _kept(state, name)]
+        for name, row in places
+    ]
+
+
+def write_state_rows(
+    state: MindSporeState, places: Sequence[tuple[str, int]], rows: Sequence[Sequence[Tensor]]
+) -> None:
+    """Write rows as `state_rows` gives them, in place."""
+    for (name, row), values in zip(places, rows, strict=True):
+        where = Tensor(np.array([row], np.int32))
+        for kept, value in zip(_kept(state, name), values, strict=True):
+            ops.scatter_update(kept, where, value.reshape((1, *kept.shape[1:])))
+
+
+def _kept(state: MindSporeState, name: str) -> list[Weight]:
+    """The parameter and what the optimizer keeps of it, in the order of `tensors`."""
+    if name in state.shards:
+        raise ValueError(f"{name} is sharded over its rows, which no rank has whole; set data_sharding to 'none'")
+    moments = state.moments.get(name)
+    return [state.weights[name], *(() if moments is None else (getattr(moments, kind) for kind in MOMENTS))]

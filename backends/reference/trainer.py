@@ -149,6 +149,22 @@ def load_tensors(state: ReferenceState, values: Iterable[tuple[str, str, np.ndar
     state.updates = step
 
 
+def state_rows(state: ReferenceState, places: Sequence[tuple[str, int]]) -> list[list[Var]]:
+    return [[Var(kept[row].copy()) for kept in _kept(state, name)] for name, row in places]
+
+
+def write_state_rows(state: ReferenceState, places: Sequence[tuple[str, int]], rows: Sequence[Sequence[Var]]) -> None:
+    for (name, row), values in zip(places, rows, strict=True):
+        for kept, value in zip(_kept(state, name), values, strict=True):
+            kept[row] = value.value
+
+
+def _kept(state: ReferenceState, name: str) -> list[np.ndarray]:
+    """The parameter and what the optimizer keeps of it, in the order of `tensors`."""
+    moments = (state.exp_avg, state.exp_avg_sq)
+    return [state.leaves[name].value, *(kind[name] for kind in moments if name in kind)]
+
+
 def peak_memory(reset: bool = False) -> int:
     return peak_resident(reset)
 

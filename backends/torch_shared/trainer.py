@@ -193,6 +193,17 @@ class TorchTrainer:
                 target = slot[kind]
             _write(target, torch.from_numpy(array.copy()))
 
+    def state_rows(self, state: TorchState, places: Sequence[tuple[str, int]]) -> list[list[Tensor]]:
+        return [[kept[row].detach().clone() for kept in _kept(state, name)] for name, row in places]
+
+    @torch.no_grad()
+    def write_state_rows(
+        self, state: TorchState, places: Sequence[tuple[str, int]], rows: Sequence[Sequence[Tensor]]
+    ) -> None:
+        for (name, row), values in zip(places, rows, strict=True):
+            for kept, value in zip(_kept(state, name), values, strict=True):
+                kept[row].copy_(value)
+
     def _step_device(self, state: TorchState) -> torch.device:
         return self.device if state.optimizer.param_groups[0].get("fused") else torch.device("cpu")
 
@@ -210,6 +221,15 @@ class TorchTrainer:
     def synchronize(self) -> None:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
+
+
+def _kept(state: TorchState, name: str) -> list[Tensor]:
+    """The parameter and what the optimizer keeps of it, in the order of `tensors`."""
+    if name in state.sharded:
+        raise ValueError(f"{name} is sharded over its rows, which no rank has whole; set data_sharding to 'none'")
+    value = state.values[name]
+    moments = state.optimizer.state.get(value, {})
+    return [value, *(moments[kind] for kind in _OPTIMIZER_STATE if kind in moments)]
 
 
 def reduce_flat(grads: list[Tensor], comm: Communicator, group: Group) -> None:

@@ -91,6 +91,30 @@ def resumed_training(job: Job) -> Evaluation:
     return floats(job, seen)
 
 
+def rows_of_the_state(job: Job) -> Evaluation:
+    """Rows come and go with the optimizer's tensors of the same parameter; the rest stays as it is, bit by bit."""
+    trainer, options = job.trainer, TrainOptions(job.dtype, eps=1e-3)  # type: ignore[arg-type]
+    named = {"world": job.world, "expert": job.world, "expert_data": job.world}
+    state = trainer.build([toy_model(job)], options, named, job.comm)
+    x = job.ops.asarray(np.random.default_rng(job.rank).normal(size=(4, 3)).astype(job.dtype))
+    trainer.accumulate(state, lambda: (state.modules["toy"](x), None))
+    trainer.reduce_gradients(state)
+    trainer.step(state, 0.1)
+    before = {(name, kind): value.copy() for name, kind, value in trainer.tensors(state)}
+    places = [("dense", 0), ("dense", 2), ("expert", 0)]
+    rows = trainer.state_rows(state, places)
+    kinds = ("parameter", "exp_avg", "exp_avg_sq")
+    for (name, row), found in zip(places, rows, strict=True):
+        for kind, value in zip(kinds, found, strict=True):
+            assert np.array_equal(job.host(value), before[name, kind][row]), (name, kind)
+    trainer.write_state_rows(state, places, [rows[1], rows[0], rows[2]])
+    after = {(name, kind): value for name, kind, value in trainer.tensors(state)}
+    for (name, kind), value in before.items():
+        want = value[[2, 1, 0]] if name == "dense" else value
+        assert np.array_equal(after[name, kind], want), (name, kind)
+    return floats(job, by_name({f"{name} {kind}": value for (name, kind), value in after.items()}))
+
+
 def evaluation_without_gradients(job: Job) -> Evaluation:
     state = job.trainer.build([toy_model(job)], TrainOptions(job.dtype), {"world": job.world}, job.comm)  # type: ignore[arg-type]
     x = job.ops.asarray(np.ones((2, 3), job.dtype))
@@ -113,6 +137,7 @@ SCENARIOS: dict[str, Scenario] = {
         training_with_adamw,
         training_with_sgd,
         resumed_training,
+        rows_of_the_state,
         evaluation_without_gradients,
     )
 }

@@ -125,13 +125,37 @@ def test_swapping_a_pair_twice_restores_every_tensor_bit_by_bit(tmp_path: Path):
         for _ in range(2):
             move = move_of(layer, 0, 8, comm.rank)
             moves, group = [] if move is None else [move], session.runtime.groups["expert"]
-            exchange_rows(reference.ops, BACKEND.trainer, session.state, comm, group, moves, session.step)
+            exchange_rows(reference.ops, BACKEND.trainer, session.state, comm, group, moves)
             layer.planner.owned_RC = exchanged(layer.planner.owned_RC, 0, 8)
         after = {(n, k): v for n, k, v in BACKEND.trainer.tensors(session.state)}
         np.testing.assert_array_equal(layer.planner.owned_RC, table)
         return all(np.array_equal(before[key], after[key]) for key in before)
 
     assert all(run_ranks(4, rank))
+
+
+def test_a_swap_copies_and_sends_one_expert_s_weights_and_moments_and_nothing_else(tmp_path: Path):
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the whole model was copied to the host")
+
+    def rank(comm: Communicator) -> tuple[int, int, bool]:
+        session = Session.open(SWAPPED["flat"], BACKEND, comm, tmp_path)
+        session.train_step()
+        trainer: Any = SimpleNamespace(**{**vars(BACKEND.trainer), "tensors": refuse, "load_tensors": refuse})
+        layer, group = session.placed[0], session.runtime.groups["expert"]
+        move = move_of(layer, 0, 8, comm.rank)
+        start = len(comm.log)
+        moves = [] if move is None else [move]
+        told = exchange_rows(reference.ops, trainer, session.state, comm, group, moves)
+        moved = [c.bytes_sent for c in comm.log[start:] if c.name == "exchange"]
+        return told, sum(moved), move is not None
+
+    results = run_ranks(4, rank)
+    assert [told for told, _, _ in results] == [moved for _, moved, _ in results]
+    assert sum(moves for *_, moves in results) == 2
+    assert {told for told, _, moves in results if moves} == {
+        3 * 8 * (8 * 8 + 4 * 8)
+    }  # parameter and two moments of (8, 2 x 4) and (4, 8)
 
 
 def test_counts_on_the_device_are_those_of_the_policy():

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "aggregated": ({"transport": "hierarchical_dedup", "deduplicate": False}, 1),
     "tensor": ({}, 2),
     "groupwise": ({"transport": "groupwise"}, 2),
+    "swap": ({"transport": "hierarchical_dedup", "placement": "swap"}, 1),
 }
 
 
