@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import packaged
+from . import cli_convert, packaged
 from .combinations import ConfigError
 from .launch import JobFailedError
 from .worker import REQUEST_ERRORS
@@ -44,6 +44,7 @@ bench_app = typer.Typer(help="How fast things are on this machine.", **_PLAIN)
 app.add_typer(bench_app, name="bench")
 app.add_typer(configs_app, name="configs")
 app.add_typer(data_app, name="data")
+cli_convert.register(app)
 
 
 @app.command()

@@ -116,6 +116,36 @@ RULES: tuple[Rule, ...] = (
         "moe.num_heads",
         "moe.head_dim",
         "sub-tokens need a width; set moe.head_dim",
+    Rule(
+        "parallel.tensor_parallel_size",
+        "moe.expert_bias",
+        "the output's bias would be added once per rank; choose expert_bias false, or tensor_parallel_size 1",
+        lambda c: c.parallel.tensor_parallel_size > 1 and c.moe.expert_bias,
+    ),
+    Rule(
+        "parallel.tensor_parallel_size",
+        "model.qk_norm",
+        "a norm over all heads needs them on one rank; choose qk_norm true or false, or tensor_parallel_size 1",
+        lambda c: c.parallel.tensor_parallel_size > 1 and c.model.qk_norm == "whole",
+    ),
+    Rule(
+        "moe.activation",
+        "moe.num_shared_experts",
+        "only routed experts have the clamped activation; choose swiglu, or num_shared_experts 0",
+        lambda c: c.moe.activation == "swiglu_clamped" and c.moe.num_shared_experts > 0,
+    ),
+    Rule(
+        "moe.activation",
+        "moe.expert_bias",
+        "biases come with the gated activations; choose swiglu or swiglu_clamped, or expert_bias false",
+        lambda c: c.moe.activation == "gelu" and c.moe.expert_bias,
+    ),
+    Rule(
+        "moe.router",
+        "moe.router_bias",
+        "only the top-k and Switch gates have a bias of their own; choose router topk, or router_bias false",
+        lambda c: c.moe.router_bias and (c.moe.router not in ("topk", "switch") or c.moe.num_heads > 1),
+    ),
         lambda c: c.moe.num_heads > 1 and c.moe.head_dim is None,
     ),
     Rule(
@@ -182,8 +212,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "data.source",
         "data.dataset",
-        "this source reads a data set; name it in data.dataset",
-        lambda c: c.data.source == "hf" and c.data.dataset is None,
+        "this source reads a data set; name it in data.dataset, or local files in data.paths",
+        lambda c: c.data.source == "hf" and c.data.dataset is None and not c.data.paths,
     ),
 )
 """The table. An entry names the two options by their place in the config and says why and what to do."""

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from . import keys
 from .combinations import ConfigError, check_combinations
-from .config import Config
+from .config import Config, ModelConfig, MoeConfig
 from .packaged import KINDS, locate
 from .yaml_text import parse_file, parse_scalar
 
@@ -26,6 +26,7 @@ AXES = ("planner", "placement", "transport", "residency")
 
 Raw = dict[str, Any]
 
+_STARTED = {"model": ModelConfig, "moe": MoeConfig}
 _REFERENCES = {
     "base": ("experiments", ()),
     "model": (KINDS["model"], ("model", "moe")),
@@ -46,7 +47,27 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         _apply_file(merged, str(source), "experiments", Path.cwd(), ())
     for word in overrides:
         _apply(merged, parse_override(word), Path.cwd(), ())
-    return validate(merged)
+    return validate(_started(merged))
+
+
+def _started(merged: Raw) -> Raw:
+    """Under `model.init_from`, what the file leaves open of `model` and `moe` is as the checkpoint says."""
+    own: dict[str, Raw] = {name: merged.get(name) or {} for name in ("model", "moe")}
+    if not all(isinstance(section, dict) for section in own.values()):
+        return merged
+    origin = own["model"].get("init_from")
+    complete = all(own[name].keys() >= section.model_fields.keys() for name, section in _STARTED.items())
+    if not isinstance(origin, str) or complete:
+        return merged
+    from .init_from import sections_of
+
+    started: Raw = {key: dict(value) if isinstance(value, dict) else value for key, value in merged.items()}
+    for name, section in sections_of(Path(origin)).items():
+        whole = dict(section)
+        _merge(whole, own[name])
+        started[name] = whole
+    started["model"]["init_from"] = str(Path(origin).absolute())
+    return started
 
 
 def parse_override(word: str) -> Raw:

@@ -23,7 +23,6 @@ from .transformer import (
     Rotary,
     attention,
     attention_parameters,
-    head_dim,
     mlp,
     mlp_parameters,
     output_std,
@@ -47,6 +46,8 @@ class Inputs:
     tokens: Tokens
     rotary: Rotary
     allowed: Array | None
+    allowed_near: Array | None = None
+    """Inside the sliding window, for the layers that have one."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +130,26 @@ class Model:
         if self.heads is not None:
             tokens = replace(tokens, over_heads=self.heads.gather_tokens(tokens, batch.tokens_SL.size))
         length = batch.tokens_SL.shape[1]
-        rotary = Rotary.make(ops, length, head_dim(model), model.rope_theta, self.config.train.dtype)
-        return Inputs(tokens, rotary, _allowed(ops, batch))
+        rotary = Rotary.make(ops, length, model, self.config.train.dtype)
+        allowed = _allowed(ops, batch, None, model.attention_sinks)
+        if model.sliding_window is None:
+            return Inputs(tokens, rotary, allowed)
+        return Inputs(tokens, rotary, allowed, _allowed(ops, batch, model.sliding_window, model.attention_sinks))
 
 
-def _allowed(ops: Ops, batch: GlobalBatch) -> Array | None:
-    """Causal and inside one document; None if every sequence is one document."""
-    documents = batch.documents_SL
-    if (documents == documents[:, :1]).all():
+def _allowed(ops: Ops, batch: GlobalBatch, window: int | None, sinks: bool) -> Array | None:
+    """Causal, inside one document and inside the window; None if that is causal alone. sinks: one more position,
+    before the first, which everyone sees."""
+    documents, length = batch.documents_SL, batch.documents_SL.shape[1]
+    if (documents == documents[:, :1]).all() and (window is None or window >= length):
         return None
-    length = documents.shape[1]
-    causal = np.tril(np.ones((length, length), bool))
-    return ops.asarray(causal & (documents[:, :, None] == documents[:, None, :]))
+    back = np.arange(length)[:, None] - np.arange(length)
+    seen = (back >= 0) & (back < (window or length))
+    allowed = seen & (documents[:, :, None] == documents[:, None, :])
+    if sinks:
+        allowed = np.pad(allowed, ((0, 0), (1, 0), (1, 0)))
+        allowed[:, :, 0] = True
+    return ops.asarray(allowed)
 
 
 def build_model(config: Config, runtime: Runtime) -> Model:
@@ -196,12 +205,15 @@ def _build_block(config: Config, runtime: Runtime, index: int, parts: LayerParts
     parameters.append(norms.norm("norm_1", model.hidden_size))
     parameters.append(norms.norm("norm_2", model.hidden_size))
     parameters += parts.parameters if isinstance(parts, LayerParts) else parts
+    near = model.sliding_window is not None and (model.sliding_layers is None or index in model.sliding_layers)
 
     def forward(params: Params, x_SLD: Array, inputs: Inputs, memo: Memo) -> tuple[Array, Mapping[str, Array], Any]:
         p = scoped(params, prefix)
         a_SLD = ops.rms_norm(x_SLD, p["norm_1"], model.norm_eps)
-        heads_SLD = attention(ops, own_heads, scoped(p, "attention."), a_SLD, inputs.rotary, inputs.allowed)
+        allowed = inputs.allowed_near if near else inputs.allowed
+        heads_SLD = attention(ops, own_heads, scoped(p, "attention."), a_SLD, inputs.rotary, allowed)
         x_SLD = x_SLD + summed_over_tensor(comm, tensor, heads_SLD)
+        x_SLD = x_SLD + p["attention.b_o"] if model.attention_output_bias else x_SLD
         x_TD = ops.rms_norm(x_SLD, p["norm_2"], model.norm_eps).reshape((-1, model.hidden_size))
         if isinstance(parts, LayerParts):
             out = parts.layer(scoped(p, "moe."), x_TD, inputs.tokens, memo)

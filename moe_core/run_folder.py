@@ -102,8 +102,12 @@ def config_hash(config: Config) -> str:
 
 
 def model_hash(config: Config) -> str:
-    """Of everything that decides the function that is trained; runs with unlike hashes are not comparable."""
+    """Of everything that decides the function that is trained; runs with unlike hashes are not comparable.
+
+    Where first values were read from is no part of it: a run goes on after that folder was moved.
+    """
     whole = config.model_dump(mode="json")
+    whole["model"].pop("init_from")
     return _hash({"model": whole["model"], "moe": whole["moe"]})
 
 

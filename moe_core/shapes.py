@@ -168,7 +168,7 @@ def _activations(config: Config, mesh: Mesh) -> int:
     head = model.attention_head_dim or model.hidden_size // model.num_attention_heads
     heads = model.num_attention_heads + 2 * (model.num_key_value_heads or model.num_attention_heads)
     attention = 3 * model.hidden_size + 2 * head * heads
-    gates = 2 if moe.activation == "swiglu" else 1
+    gates = 1 if moe.activation == "gelu" else 2
     width = _routed_width(config)
     experts = moe.top_k * (2 * width + (gates + 1) * moe.expert_hidden_size * moe.num_heads)
     experts += 2 * width if moe.num_heads > 1 else 0
@@ -205,7 +205,7 @@ def _weights_sent(config: Config, mesh: Mesh) -> float:
     """Bytes of the experts in a rank's slots, each way, for every micro-batch and layer."""
     if config.parallel.residency != "fully_sharded":
         return 0.0
-    gates = 3 if config.moe.activation == "swiglu" else 2
+    gates = 2 if config.moe.activation == "gelu" else 3
     width = config.moe.head_dim or config.model.hidden_size
     expert = gates * width * config.moe.expert_hidden_size * _BYTES[config.train.dtype]
     share = max(1, config.train.global_batch_size // mesh.token_ranks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def _cut_values(initial: Callable[[], np.ndarray], part: Piece) -> Callable[[], 
 
 def gate_blocks(activation: str) -> int:
     """Gate and linear columns of a swiglu matrix are cut alike."""
-    return 2 if activation == "swiglu" else 1
+    return 1 if activation == "gelu" else 2
 
 
 def split_mlp(made: list[Parameter], tensor: Group, activation: str) -> list[Parameter]:
@@ -98,7 +99,7 @@ def split_attention(made: list[Parameter], tensor: Group) -> list[Parameter]:
         short = parameter.name.rpartition(".")[2]
         if short in ("w_q", "w_k", "w_v"):
             return split_parameter(parameter, tensor, 1)
-        return split_parameter(parameter, tensor, 0) if short in ("w_o", "b_q", "b_k", "b_v") else parameter
+        return split_parameter(parameter, tensor, 0) if short in ("w_o", "b_q", "b_k", "b_v", "sinks") else parameter
 
     return [split(parameter) for parameter in made]
 
@@ -141,8 +142,14 @@ class SplitExperts:
         blocks = {f"{prefix}w_up": (1, gate_blocks(self._activation)), f"{prefix}w_down": (0, 1)}
         return tuple(split_stack(p, self._tensor, *blocks[p.name]) for p in self._whole.parameters(prefix, std_down))
 
-    def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
-        return self._inner.compute(params, rows_ND, exchange, plan)
+    def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Any:
+        return self._inner.gather(params, plan)
+
+    def arrived(self, weights: Any) -> Any:
+        return self._inner.arrived(weights)
+
+    def compute(self, weights: Any, rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+        return self._inner.compute(weights, rows_ND, exchange, plan)
 
 
 class SummedOverTensor:

@@ -13,7 +13,8 @@ from ...backends.protocol import Array, Communicator, Group, Ops, Parameter
 from ..config import MoeConfig
 from ..plan import RESIDENT, Plan
 from ..transport.base import Exchange
-from .owned import Owned, expert_shapes
+from .feed_forward import expert_rows
+from .owned import Owned, expert_names, expert_shapes
 
 
 class Borrowed:
@@ -21,6 +22,7 @@ class Borrowed:
 
     def __init__(self, owned: Owned, ops: Ops, comm: Communicator, group: Group, moe: MoeConfig, width: int) -> None:
         self._owned, self._ops, self._comm, self._group, self._moe = owned, ops, comm, group, moe
+        self._names = expert_names(moe)
         self._shapes = [shape for _, shape, _ in expert_shapes(moe, width, 0.0, 0.0)]
 
     def parameters(self, prefix: str, std_down: float) -> tuple[Parameter, ...]:
@@ -35,10 +37,10 @@ class Borrowed:
         held = int((plan.weight_from[me] >= 0).sum())
         own_rows = int(rows_C[:first_borrowed].sum())
         own_ND, other_ND = ops.split(rows_ND, [own_rows, rows_ND.shape[0] - own_rows])
-        w_up, w_down = self._borrow(params, plan)
-        own = ops.expert_mlp(own_ND, params["w_up"], params["w_down"], ops.asarray(rows_C[:native]), moe.activation)
+        borrowed = self._borrow(params, plan)
+        own = expert_rows(ops, moe, own_ND, [params[name] for name in self._names], ops.asarray(rows_C[:native]))
         lent = ops.asarray(rows_C[first_borrowed : first_borrowed + held])
-        return ops.concat([own, ops.expert_mlp(other_ND, w_up, w_down, lent, moe.activation)])
+        return ops.concat([own, expert_rows(ops, moe, other_ND, borrowed, lent)])
 
     def _borrow(self, params: Mapping[str, Array], plan: Plan) -> list[Array]:
         """The stacks of the borrowed experts of this rank, in slot order: one all-to-all of flat experts."""
@@ -46,7 +48,7 @@ class Borrowed:
         sends, receives, index, slot_order = loans(plan, me)
         chosen = ops.asarray(index)
         sizes = [int(np.prod(shape)) for shape in self._shapes]
-        stacks = [params[name].reshape((-1, size)) for name, size in zip(("w_up", "w_down"), sizes)]
+        stacks = [params[name].reshape((-1, size)) for name, size in zip(self._names, sizes)]
         flat = ops.concat([ops.take_rows(stack, chosen) for stack in stacks], 1)
         arrived = self._comm.all_to_all(flat, self._group, sends, receives)
         arrived = arrived if slot_order is None else ops.take_rows(arrived, ops.asarray(slot_order))

@@ -12,10 +12,11 @@ import numpy as np
 
 from ...backends.protocol import Array, Communicator, Group, Ops, Parameter, Piece
 from ..config import MoeConfig
-from ..parameters import draw
+from ..parameters import Init, draw
 from ..plan import Plan
 from ..transport.base import Exchange
-from .owned import expert_name, expert_shapes
+from .feed_forward import expert_rows
+from .owned import expert_name, expert_names, expert_shapes
 
 
 class FullySharded:
@@ -26,6 +27,7 @@ class FullySharded:
     ) -> None:
         self._ops, self._comm, self._group, self._moe = ops, comm, group, moe
         self._width, self._seed, self._std = width, seed, std
+        self._names = expert_names(moe)
         self._shapes = [shape for _, shape, _ in expert_shapes(moe, width, 0.0, 0.0)]
         self._shards = [-(-int(np.prod(shape)) // group.size) for shape in self._shapes]
 
@@ -41,12 +43,13 @@ class FullySharded:
                     initial=self._draw(prefix + name, shape, std, shard),
                     reduce_over="expert_data",
                     norm_over="expert",
+                    weight_decay=name.startswith("w_"),
                     pieces=pieces,
                 )
             )
         return tuple(made)
 
-    def _draw(self, name: str, shape: tuple[int, int], std: float, shard: int) -> Callable[[], np.ndarray]:
+    def _draw(self, name: str, shape: tuple[int, ...], std: Init, shard: int) -> Callable[[], np.ndarray]:
         def initial() -> np.ndarray:
             start = self._group.index * shard
             out = np.zeros((self._moe.num_experts, shard))
@@ -59,14 +62,13 @@ class FullySharded:
 
     def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
         slots = np.arange(self._moe.num_experts)[None] if plan is None else plan.slots
-        w_up, w_down = self._unshard(params, slots)
-        return self._ops.expert_mlp(rows_ND, w_up, w_down, exchange.counts_C, self._moe.activation)
+        return expert_rows(self._ops, self._moe, rows_ND, self._unshard(params, slots), exchange.counts_C)
 
     def _unshard(self, params: Mapping[str, Array], slots_RC: np.ndarray) -> list[Array]:
         """Whole experts of this rank's slots: stacks (C, in, out); an empty slot is zero."""
         ops, ranks, slots = self._ops, self._group.size, slots_RC.shape[1]
         index = ops.asarray(slots_RC.reshape(-1))
-        shards = ops.concat([ops.take_rows(params[name], index) for name in ("w_up", "w_down")], 1)
+        shards = ops.concat([ops.take_rows(params[name], index) for name in self._names], 1)
         arrived = self._comm.all_to_all(shards, self._group).reshape((ranks, slots, sum(self._shards)))
         whole = []
         for part, shape, shard in zip(ops.split(arrived, self._shards, 2), self._shapes, self._shards):

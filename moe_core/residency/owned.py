@@ -8,9 +8,10 @@ import numpy as np
 
 from ...backends.protocol import Array, Ops, Parameter, Piece
 from ..config import MoeConfig
-from ..parameters import draw_experts
+from ..parameters import Init, draw_experts
 from ..plan import Plan
 from ..transport.base import Exchange
+from .feed_forward import expert_rows
 
 
 class Owned:
@@ -28,6 +29,7 @@ class Owned:
                 initial=draw_experts(self._seed, prefix + name, self._experts.tolist(), shape, std),
                 reduce_over="expert_data",
                 norm_over="expert",
+                weight_decay=name.startswith("w_"),
                 pieces=tuple(Piece(expert_name(prefix, int(e), name), shape) for e in self._experts),
             )
             for name, shape, std in expert_shapes(self._moe, self._width, self._std, std_down)
@@ -38,7 +40,8 @@ class Owned:
         counts = exchange.counts_C
         if counts.shape[0] > len(self._experts):  # a rank with fewer experts than others has an empty last slot
             counts = self._ops.split(counts, [len(self._experts), counts.shape[0] - len(self._experts)])[0]
-        return self._ops.expert_mlp(rows_ND, params["w_up"], params["w_down"], counts, self._moe.activation)
+        stacks = [params[name] for name in expert_names(self._moe)]
+        return expert_rows(self._ops, self._moe, rows_ND, stacks, counts)
 
 
 def expert_name(prefix: str, expert: int, name: str) -> str:
@@ -48,8 +51,15 @@ def expert_name(prefix: str, expert: int, name: str) -> str:
 
 def expert_shapes(
     moe: MoeConfig, width: int, std: float, std_down: float
-) -> tuple[tuple[str, tuple[int, int], float], ...]:
+) -> tuple[tuple[str, tuple[int, ...], Init], ...]:
     """(name, shape of one expert, standard deviation of its first values)."""
     hidden = moe.expert_hidden_size
-    up = 2 * hidden if moe.activation == "swiglu" else hidden
-    return (("w_up", (width, up), std), ("w_down", (hidden, width), std_down))
+    up = hidden if moe.activation == "gelu" else 2 * hidden
+    weights = (("w_up", (width, up), std), ("w_down", (hidden, width), std_down))
+    biases = (("b_up", (up,), "zeros"), ("b_down", (width,), "zeros"))
+    return (*weights, *biases) if moe.expert_bias else weights
+
+
+def expert_names(moe: MoeConfig) -> tuple[str, ...]:
+    """Names of an expert's tensors: w_up, w_down, and its biases if it has some."""
+    return tuple(name for name, _, _ in expert_shapes(moe, 1, 0.0, 0.0))

@@ -18,11 +18,13 @@ class LearnedGate:
         self._context = context
 
     def parameters(self, prefix: str) -> tuple[Parameter, ...]:
-        return (router_weight(self._context, prefix),)
+        return (router_weight(self._context, prefix), *router_bias(self._context, prefix))
 
     def choose(self, params: Mapping[str, Array], x_TD: Array, tokens: Tokens, memo: Memo) -> Choice:
         context, w_router = self._context, params["w_router"]
         logits_TE = router_logits(context.ops, x_TD, w_router, context.moe.router_dtype)
+        if context.moe.router_bias:
+            logits_TE = logits_TE + context.ops.cast(params["b_router"], context.ops.dtype_of(logits_TE))
         choice = gate(context, logits_TE, tokens, memo)
         if context.moe.capacity_rule == "factor":
             return choice
@@ -33,6 +35,15 @@ def router_weight(context: RouterContext, prefix: str) -> Parameter:
     """w_router (width, num_experts)."""
     name, shape = f"{prefix}w_router", (context.width, context.moe.num_experts)
     return Parameter(name, shape, draw_dense(context.seed, name, shape, context.std), master=True)
+
+
+def router_bias(context: RouterContext, prefix: str) -> tuple[Parameter, ...]:
+    """b_router (num_experts,), learned by gradient, under `moe.router_bias`."""
+    if not context.moe.router_bias:
+        return ()
+    name, shape = f"{prefix}b_router", (context.moe.num_experts,)
+    initial = draw_dense(context.seed, name, shape, "zeros")
+    return (Parameter(name, shape, initial, weight_decay=False, master=True),)
 
 
 def router_logits(ops: Ops, x_TD: Array, w_router: Array, router_dtype: DType) -> Array:

@@ -218,7 +218,7 @@ def test_table_lines() -> None:
 def commands(run: Run, *path: str) -> set[str]:
     """Commands that --help lists, sub-commands included."""
     out = run(*path, "--help")[1]
-    names = re.findall(r"^  ([a-z]+)(?:  |$)", out.partition("Commands:")[2], re.MULTILINE)
+    names = re.findall(r"^  ([a-z][a-z-]*)(?:  |$)", out.partition("Commands:")[2], re.MULTILINE)
     return {" ".join([*path, name]) for name in names} if names else set()
 
 
@@ -226,7 +226,7 @@ def documented() -> dict[str, list[str]]:
     """README's table: command -> options that it names."""
     table: dict[str, list[str]] = {}
     for cell in re.findall(r"^\| `twinmoe ([^`]+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE):
-        command = " ".join(itertools.takewhile(re.compile("[a-z]+$").match, cell.split()))
+        command = " ".join(itertools.takewhile(re.compile("[a-z][a-z-]*$").match, cell.split()))
         table[command] = re.findall(r"--[a-z-]+", cell)
     return table
 
