@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from twinmoe.moe_core.metrics import METRICS, read_metrics
+from twinmoe.testing.end_to_end.command import command, gone, prepare, report, workers
+from twinmoe.testing.end_to_end.command import train as run_train
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
@@ -34,32 +35,17 @@ KEYS = {
     "model_hash",
     "run_dir",
 }
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "backend": "cpu",
-    "model": {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2},
-    "moe": {"num_experts": 4, "top_k": 2, "expert_hidden_size": 16, "z_loss_coeff": 0.01},
-    "train": {"steps": 4, "global_batch_size": 8, "sequence_length": 16, "warmup_steps": 2, "timeout_s": 30},
-    "data": {"source": "text", "paths": ["text.txt"]},
-}
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    words = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls")
-    (tmp_path / "text.txt").write_text(" ".join(words[(i * i + i // 3) % len(words)] for i in range(4000)))
-    return tmp_path
+    return prepare(tmp_path)
 
 
 @pytest.fixture
 def train(folder: Path) -> Command:
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "twinmoe.moe_core.cli", "train", "small.yaml", *words]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-
-    return call
+    return partial(run_train, folder)
 
 
 @pytest.fixture
@@ -68,8 +54,8 @@ def started(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     running: list[subprocess.Popen[str]] = []
 
     def call(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "twinmoe.moe_core.cli", "train", "small.yaml", "--run-dir", "run", *words]
-        child = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        words = ("--run-dir", "run", *words)
+        child = subprocess.Popen(command(*words), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         running.append(child)
         deadline = time.monotonic() + 120
         while len(read_metrics(folder / "run")) < 3:
@@ -82,33 +68,6 @@ def started(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for child in running:
         child.kill()
         child.communicate()
-
-
-def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def workers(folder: Path) -> list[int]:
-    """Processes of this run that are alive, by their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                here = os.readlink(entry / "cwd") == str(folder)
-            except OSError:
-                continue
-            if here and b"twinmoe.moe_core.worker" in command and b"torch.distributed.run" not in command:
-                found.append(int(entry.name))
-    return sorted(found)
-
-
-def gone(folder: Path) -> bool:
-    deadline = time.monotonic() + 20
-    while workers(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not workers(folder)
 
 
 def test_json_keys_and_run_folder(train: Command, folder: Path) -> None:
@@ -138,8 +97,8 @@ def test_losses_do_not_depend_on_the_number_of_ranks(train: Command, dtype: str,
 
 def test_a_launcher_around_is_joined(folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    command = [*torchrun, "-m", "twinmoe.moe_core.cli", "train", "small.yaml", "--run-dir", "run", "--json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    joined = [*torchrun, "-m", "twinmoe.moe_core.cli", "train", "small.yaml", "--run-dir", "run", "--json"]
+    done = subprocess.run(joined, cwd=folder, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, "only rank 0 prints"
