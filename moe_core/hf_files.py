@@ -143,5 +143,5 @@ def narrowed(value: np.ndarray, dtype: str) -> np.ndarray:
         return np.ascontiguousarray(value, _STORED[dtype])
     bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    not_a_number = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(not_a_number, (bits >> 16) | 0x40, rounded).astype("<u2")
+    cut_nan = ((bits & 0x7FFFFFFF) > 0x7F800000) & ((bits & 0xFFFF) != 0)  # rounding could make it infinite
+    return np.where(cut_nan, (bits >> 16) | 0x40, rounded).astype("<u2")

@@ -60,10 +60,10 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_theirs(name: str) -> Any:
+def make_theirs(name: str, **sizes: Any) -> Any:
     """A model with random values everywhere, biases and norms too."""
     kind, own = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **own}, attn_implementation="eager")
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **own, **sizes}, attn_implementation="eager")
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
     with torch.no_grad():
