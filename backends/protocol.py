@@ -3,7 +3,8 @@
 Tensors of a framework are called `Array` here. The core also uses what every framework's tensor has:
 `+ - * /` and `@` (with NumPy broadcasting; `// %` on integers, `~ & |` on booleans), comparisons with
 tensors and numbers, `.shape`, `.reshape(shape)`, `.sum(axis)` and `.mean(axis)` with one positional
-axis. No indexing. Everything else goes through these functions. Index tensors are int64 (int32 where a
+axis, which has at least one element (MindSpore's host returns what lies in memory for none). No indexing.
+Everything else goes through these functions. Index tensors are int64 (int32 where a
 framework insists); integer and boolean tensors carry no gradient.
 
 Shape suffixes: T tokens on a rank, D width, K experts per token, E experts, R ranks, C slots,
@@ -158,6 +159,13 @@ class Ops(Protocol):
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight along the last axis; statistics in at least float32."""
+        ...
+
+    def rotary(self, x_SLHA: Array, cos_1L1A: Array, sin_1L1A: Array) -> Array:
+        """x * cos + (-x2, x1) * sin with (x1, x2) the halves of the last axis; in at least float32.
+
+        cos and sin are the same in both halves and get no gradient.
+        """
         ...
 
     def attention(self, q_SLHA: Array, k_SLHA: Array, v_SLHA: Array, allowed: Array | None) -> Array:

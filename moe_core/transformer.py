@@ -105,10 +105,7 @@ class Rotary:
         return cls(ops.asarray(cos.astype(wide)), ops.asarray(sin.astype(wide)))
 
     def rotate(self, ops: Ops, x_SLHA: Array) -> Array:
-        half = x_SLHA.shape[-1] // 2
-        first, second = ops.split(x_SLHA, [half, half], -1)
-        turned = x_SLHA * self.cos + ops.concat([second * -1.0, first], -1) * self.sin
-        return ops.cast(turned, ops.dtype_of(x_SLHA))
+        return ops.rotary(x_SLHA, self.cos, self.sin)
 
 
 def attention(ops: Ops, model: ModelConfig, p: Params, x_SLD: Array, rotary: Rotary, allowed: Array | None) -> Array:

@@ -13,7 +13,7 @@ from . import ops
 from .host_attention import attention
 from .host_experts import expert_mlp, grouped_matmul
 from .host_rows import argsort, combine_rows, count, invert, sum_rows, take_rows, topk
-from .host_rowwise import cross_entropy, logsumexp, rms_norm
+from .host_rowwise import cross_entropy, logsumexp, rms_norm, rotary
 from .ops import (
     asarray,
     checkpoint,
@@ -52,6 +52,7 @@ __all__ = [
     "logsumexp",
     "relu",
     "rms_norm",
+    "rotary",
     "router_topk",
     "sigmoid",
     "softmax",

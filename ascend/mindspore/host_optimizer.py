@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from mindspore import Parameter, Tensor
 
@@ -19,6 +21,12 @@ def update(weight: Parameter, gradient: Tensor, moments: Moments | None, options
     else:
         new -= _direction(g, moments, options, rate)
     ops.assign(weight, Tensor.from_numpy(new))
+
+
+def squares(gradients: Sequence[Tensor]) -> float:
+    """Sum of all squares: per tensor in its own dtype, over tensors in float64."""
+    flat = [g.asnumpy().ravel() for g in gradients]
+    return float(sum(float(np.dot(g, g)) for g in flat))
 
 
 def _direction(g: np.ndarray, moments: Moments, options: TrainOptions, rate: Rate) -> np.ndarray:

@@ -19,6 +19,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm_op(x, weight, eps)
 
 
+def rotary(x_SLHA: Tensor, cos_1L1A: Tensor, sin_1L1A: Tensor) -> Tensor:
+    """x * cos + (-x2, x1) * sin with (x1, x2) the halves of the last axis; in at least float32."""
+    return _rotary_op(x_SLHA, cos_1L1A, sin_1L1A)
+
+
 def logsumexp(x: Tensor) -> Tensor:
     """Along the last axis, which disappears; stable."""
     return _logsumexp_op(x)
@@ -56,6 +61,24 @@ def _rms_norm_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, 
     return Tensor.from_numpy(dx), Tensor.from_numpy(dweight.astype(weight.dtype, copy=False))
 
 
+def _turned(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Tensor:
+    half = x.shape[-1] // 2
+    y = _widen(x) * cos
+    y[..., :half] -= x[..., half:] * sin[..., half:]
+    y[..., half:] += x[..., :half] * sin[..., :half]
+    return Tensor.from_numpy(y.astype(x.dtype, copy=False))
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return _turned(x.asnumpy(), cos.asnumpy(), sin.asnumpy()), (cos, sin)
+
+
+def _rotary_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: Any, _needs: Any) -> tuple[Any, ...]:
+    """A turn is undone by the turn of the opposite angle."""
+    cos, sin = (s.asnumpy() for s in saved)
+    return _turned(gradient.asnumpy(), cos, -sin), None, None
+
+
 def _total(x: np.ndarray) -> np.ndarray:
     top = x.max(-1, initial=-np.inf)
     top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
@@ -88,5 +111,6 @@ def _cross_entropy_backward(gradient: Tensor, saved: Sequence[Tensor], _inputs: 
 
 
 _rms_norm_op = primitive(_rms_norm, _rms_norm_backward)
+_rotary_op = primitive(_rotary, _rotary_backward)
 _logsumexp_op = primitive(_logsumexp, _logsumexp_backward)
 _cross_entropy_op = primitive(_cross_entropy, _cross_entropy_backward)

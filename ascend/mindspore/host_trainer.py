@@ -9,7 +9,7 @@ from ...backends.host_memory import peak_resident
 from ...backends.protocol import Communicator, Component, Group, TrainOptions
 from . import trainer
 from .host_ops import check_dtype
-from .host_optimizer import update
+from .host_optimizer import squares, update
 from .trainer import (
     accumulate,
     clip_gradients,
@@ -49,7 +49,7 @@ def build(
 ) -> trainer.MindSporeState:
     """Make the cells, draw the parameters, prepare the optimizer. ValueError for bfloat16."""
     check_dtype(options.dtype)
-    return replace(trainer.build(components, options, groups, comm), update=update)
+    return replace(trainer.build(components, options, groups, comm), update=update, squares=squares)
 
 
 def peak_memory(reset: bool = False) -> int:

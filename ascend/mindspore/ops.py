@@ -193,6 +193,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm_op(x, weight, eps)
 
 
+def rotary(x_SLHA: Tensor, cos_1L1A: Tensor, sin_1L1A: Tensor) -> Tensor:
+    """x * cos + (-x2, x1) * sin with (x1, x2) the halves of the last axis; in at least float32."""
+    first, second = mint.chunk(x_SLHA, 2, -1)
+    return (x_SLHA * cos_1L1A + mint.cat([-second, first], -1) * sin_1L1A).astype(x_SLHA.dtype)
+
+
 def attention(q_SLHA: Tensor, k_SLHA: Tensor, v_SLHA: Tensor, allowed: Tensor | None) -> Tensor:
     """Causal scaled-dot-product attention, (S, L, H, A); k and v may have fewer heads (grouped queries).
 

@@ -33,6 +33,7 @@ DIFFERENT: Mapping[str, Entry] = {
     "invert": Entry("NumPy", "mint.scatter", _ROWS),
     "logsumexp": Entry("NumPy", "plain", _SPEED),
     "rms_norm": Entry("NumPy", "RmsNorm", "no host kernel"),
+    "rotary": Entry("NumPy", "plain", _SPEED),
     "router_topk": Entry("streaming over host_ops", "streaming over npu_ops", "composed of the operations around it"),
     "sum_rows": Entry("sparse product in ascending order", "mint.index_add, deterministic kernels", _ROWS),
     "take_rows": Entry("NumPy", "gather and mask", _ROWS),

@@ -27,6 +27,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 Update = Callable[[Weight, Tensor, Moments | None, TrainOptions, Rate], None]
 
 
+def squares(gradients: Sequence[Tensor]) -> float:
+    """Sum of all squares: per tensor on the device, over tensors in float64 on the host."""
+    found = [(g * g).reshape((-1,)).sum(0).reshape((1,)) for g in gradients]
+    return float(to_numpy(mint.cat(found)).astype(np.float64).sum())
+
+
 @dataclass
 class MindSporeState:
     """protocol.State. Components that name the same parameter share its tensor; `shards` of those that are cut."""
@@ -40,6 +46,7 @@ class MindSporeState:
     comm: Communicator
     moments: Mapping[str, Moments]
     update: Update = update
+    squares: Callable[[Sequence[Tensor]], float] = squares
     grads: dict[str, Tensor] = field(default_factory=dict)
     updates: int = 0
 
@@ -119,10 +126,8 @@ def clip_gradients(state: MindSporeState, max_norm: float | None) -> float:
     owners = {n: "world" if n in state.shards else p.norm_over for n, p in state.parameters.items()}
     total = 0.0
     for owner in sorted(set(owners.values()), key=lambda name: name or ""):
-        squares = [
-            _square(state.grads[n]) for n in owners if owners[n] == owner and n in state.grads and state.grads[n].size
-        ]
-        part = float(to_numpy(mint.cat(squares)).astype(np.float64).sum()) if squares else 0.0
+        mine = [state.grads[n] for n in owners if owners[n] == owner and n in state.grads and state.grads[n].size]
+        part = state.squares(mine) if mine else 0.0
         if owner is not None:
             part = float(state.comm.gather_to_host(np.array([part]), state.groups[owner]).sum())
         total += part
@@ -130,10 +135,6 @@ def clip_gradients(state: MindSporeState, max_norm: float | None) -> float:
     if max_norm is not None and norm > max_norm:
         state.grads = {name: g * number(max_norm / norm, g) for name, g in state.grads.items()}
     return norm
-
-
-def _square(gradient: Tensor) -> Tensor:
-    return (gradient * gradient).reshape((-1,)).sum(0).reshape((1,))
 
 
 def step(state: MindSporeState, learning_rate: float) -> None:

@@ -191,6 +191,17 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> Result:
     return normed * weight, vjp
 
 
+def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> Result:
+    def turned(z: np.ndarray) -> np.ndarray:
+        first, second = np.split(z, 2, -1)
+        return np.concatenate([-second, first], -1)
+
+    def vjp(g: np.ndarray) -> tuple[np.ndarray, None, None]:
+        return g * cos - turned(g * sin), None, None
+
+    return x * cos + turned(x) * sin, vjp
+
+
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, allowed: np.ndarray) -> Result:
     """allowed: boolean, broadcasts to (S, L, L)."""
     s, length, heads, width = q.shape

@@ -162,6 +162,10 @@ def rms_norm(x: Var, weight: Var, eps: float) -> Var:
     return apply(kernels.rms_norm, x, weight, eps=eps)
 
 
+def rotary(x_SLHA: Var, cos_1L1A: Var, sin_1L1A: Var) -> Var:
+    return apply(kernels.rotary, x_SLHA, cos_1L1A, sin_1L1A)
+
+
 def attention(q_SLHA: Var, k_SLHA: Var, v_SLHA: Var, allowed: Var | None) -> Var:
     length = q_SLHA.shape[1]
     mask = np.tril(np.ones((length, length), bool)) if allowed is None else allowed

@@ -284,6 +284,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(x.dtype)
 
 
+def rotary(x_SLHA: Tensor, cos_1L1A: Tensor, sin_1L1A: Tensor) -> Tensor:
+    first, second = x_SLHA.chunk(2, -1)
+    return (x_SLHA * cos_1L1A + torch.cat([-second, first], -1) * sin_1L1A).to(x_SLHA.dtype)
+
+
 def attention(q_SLHA: Tensor, k_SLHA: Tensor, v_SLHA: Tensor, allowed: Tensor | None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q_SLHA, k_SLHA, v_SLHA))
     mask = None if allowed is None else allowed[:, None]

@@ -148,6 +148,13 @@ def swiglu(ops: Any, x: Any, w_up: Any, w_down: Any, counts: Any) -> Any:
     return ops.expert_mlp(x, w_up, w_down, counts, "swiglu")
 
 
+def turned(ops: Any, x: Any) -> Any:
+    half = np.linspace(-3, 3, x.shape[1] * (x.shape[3] // 2)).reshape(1, x.shape[1], 1, -1)
+    angle = np.concatenate([half, half], -1)
+    wide = np.float32 if ops.dtype_of(x) == "float32" else np.float64
+    return ops.rotary(x, *(ops.asarray(turn(angle).astype(wide)) for turn in (np.cos, np.sin)))
+
+
 def gelu(ops: Any, x: Any, w_up: Any, w_down: Any, counts: Any) -> Any:
     return ops.expert_mlp(x, w_up, w_down, counts, "gelu")
 
@@ -213,6 +220,8 @@ COMPUTE = [
     Case("rms_norm of heads", lambda ops, x, w: ops.rms_norm(x, w, 1e-5), normal((2, 3, 2, 4), (4,))),
     Case("rms_norm of zeros", lambda ops, x, w: ops.rms_norm(x, w, 1e-6), given([[0.0, 0.0]], [1.0, 2.0])),
     Case("rms_norm without rows", lambda ops, x, w: ops.rms_norm(x, w, 1e-6), normal((0, 4), (4,))),
+    Case("rotary", turned, normal((2, 5, 3, 4))),
+    Case("rotary of no sequences", turned, normal((0, 5, 3, 4))),
     Case("attention is causal", lambda ops, q, k, v: ops.attention(q, k, v, None), normal(*[(2, 5, 2, 3)] * 3)),
     Case(
         "attention with grouped queries",
