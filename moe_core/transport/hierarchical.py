@@ -97,6 +97,16 @@ def _stage_partition(topology: Topology, number: int, last: bool) -> list[list[i
     return sorted({tuple(stage.peers(r).tolist()) for r in range(topology.ranks)})  # type: ignore[return-value]
 
 
+def stage_traffic(
+    topology: Topology, stage: Stage, slots_per_rank: int, columns: int, row_bytes: tuple[int, int]
+) -> Traffic:
+    """Bytes of one stage. columns: slots that ride along with a row; row_bytes: without and with its weights."""
+    plain, weighed = row_bytes
+    id_bytes = 8 * words(columns, stage.part * slots_per_rank)
+    name = topology.stage_name(stage.number, stage.depth)
+    return Traffic(name, stage.rows * (weighed + id_bytes), stage.rows * plain)
+
+
 class HierarchicalDedup:
     """HD-d: stages of uneven all-to-alls from the outermost level inwards, and back."""
 
@@ -118,10 +128,8 @@ class HierarchicalDedup:
             copies = top_k if not (of.deduplicate or sent) else 1
             held, record = self._send(held, stage, part_slots, copies)
             sent.append(record)
-            id_bytes = 8 * words(held.slot_NK.shape[1], part_slots)
-            rows = stage.rows * (x_TD.shape[1] * BYTES[ops.dtype_of(x_TD)])
-            name = of.topology.stage_name(stage.number, depth)
-            traffic.append(Traffic(name, stage.rows * (row_bytes + id_bytes), rows))
+            width = x_TD.shape[1] * BYTES[ops.dtype_of(x_TD)]
+            traffic.append(stage_traffic(of.topology, stage, layout, held.slot_NK.shape[1], (width, row_bytes)))
         rows_ND, position, weights = self._to_slots(held, plan, x_TD.shape[1])
         trail = Trail(tuple(sent), tokens, weights, routing.weights_TK)
         counts = ops.asarray(plan.rows_per_slot(self._group.index))
