@@ -16,7 +16,7 @@ from twinmoe.testing.processes import run_processes
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
 
-from twinmoe.testing.end_to_end.huggingface import Ours, make_theirs, random_batch, their_step  # noqa: E402
+from twinmoe.testing.end_to_end.huggingface import Ours, make_theirs, random_batch, their_step
 
 pytestmark = pytest.mark.processes
 

@@ -10,7 +10,7 @@ from twinmoe.testing.conftest import load_or_skip
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
 
-from twinmoe.testing.end_to_end.huggingface import (  # noqa: E402
+from twinmoe.testing.end_to_end.huggingface import (
     MODELS,
     Ours,
     gradients_in_our_layout,

@@ -173,7 +173,7 @@ def test_models_that_are_not_computed_here_are_refused_by_name(about: dict[str, 
 def test_a_config_that_transformers_does_not_have_is_refused() -> None:
     config = config_of("mixtral")
     odd = config.model_copy(update={"moe": config.moe.model_copy(update={"score_function": "sigmoid"})})
-    with pytest.raises(ConfigError, match="none of the models that transformers has.*moe.score_function"):
+    with pytest.raises(ConfigError, match=r"none of the models that transformers has.*moe.score_function"):
         from_config(odd)
 
 
