@@ -213,7 +213,8 @@ class LevelConfig(Section):
     """One level of a cluster: `size` ranks share one unit of it.
 
     An all-to-all of n bytes per rank takes alpha + n beta seconds among all ranks of a unit, and rail_alpha +
-    n rail_beta (null: the same) among one rank of each smaller unit inside.
+    n rail_beta (null: the same) among one rank of each smaller unit inside. shared_link: the ranks of a smaller unit
+    reach the others over one link of the unit's, not over links of their own.
     """
 
     name: str
@@ -225,7 +226,11 @@ class LevelConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where ranks sit: levels from the innermost to the outermost, whose size null means all ranks."""
+    """Where ranks sit: levels from the innermost to the outermost, whose size null means all ranks.
+
+    device_teraflops: of experts' products, as `bench layer` reports them for one device.
+    """
+    shared_link: bool = False
 
     name: str = "one_host"
     levels: tuple[LevelConfig, ...] = (LevelConfig(name="host"),)
@@ -234,6 +239,7 @@ class ClusterConfig(Section):
 
 class CommunicationConfig(Section):
     """What a device's collectives are told when workers start; a variable that is set already wins.
+    device_teraflops: float | None = Field(default=None, gt=0)
 
     connect_timeout_s: a peer's first collective, after data and checkpoints were loaded; execute_timeout_s: inside a
     running one; buffer_mb: per direction and communicator; network_interface: the host's, where it has several.

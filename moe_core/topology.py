@@ -31,13 +31,14 @@ class Level:
     """One level of a group's hierarchy.
 
     within: all-to-all among all ranks of one unit. rails: among one rank of each unit of this level inside one
-    unit of the level above (unused at level 0).
+    unit of the level above (unused at level 0). shared: ranks of a unit one level in share its link to the others.
     """
 
     name: str
     units: int
     within: Link = Link()
     rails: Link = Link()
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,15 @@ def topology_of(cluster: ClusterConfig, groups: Sequence[Sequence[int]]) -> Topo
     """
     ranks = len(groups[0])
     outer = cluster.levels[-1]
-    kept = [Level(outer.name, 1, _within(outer))]
+    kept = [Level(outer.name, 1, _within(outer), shared=outer.shared_link)]
     for level in reversed(cluster.levels[:-1]):
         units = _equal_units(level, groups)
         if units is None or units % kept[-1].units or units == ranks:
             continue
         if units == kept[-1].units:  # the same runs, described by a smaller unit
-            kept[-1] = replace(kept[-1], name=level.name, within=_within(level))
+            kept[-1] = replace(kept[-1], name=level.name, within=_within(level), shared=level.shared_link)
         else:
-            kept.append(Level(level.name, units, _within(level), _rails(outer)))
+            kept.append(Level(level.name, units, _within(level), _rails(outer), level.shared_link))
         outer = level
     return Topology(ranks, tuple(kept))
 
