@@ -13,7 +13,7 @@ from .topology import Topology
 
 def own_figures(stats: LayerStats, topology: Topology, rank: int, row_bytes: int, flat: Plan) -> np.ndarray:
     """What one rank sends and computes: bytes by level (dispatch and combine), rows and bytes out of its node, its
-    rows; the same of plain expert parallelism."""
+    rows; the same of plain expert parallelism; bytes inside its tensor group."""
     assert stats.plan is not None
     bytes_by_level = np.zeros(topology.depth)
     back_out = 0.0
@@ -23,7 +23,8 @@ def own_figures(stats: LayerStats, topology: Topology, rank: int, row_bytes: int
         back_out += back[0]
     flat_out = 2 * _own(topology, flat.send_matrix() * row_bytes, rank)[0]
     rows = float(stats.plan.rows_per_rank()[rank]), float(flat.rows_per_rank()[rank])
-    return np.array([*bytes_by_level, back_out / row_bytes, flat_out, *rows])
+    inside = sum(stats.exchange.tensor_bytes or (0, 0))
+    return np.array([*bytes_by_level, back_out / row_bytes, flat_out, *rows, inside])
 
 
 def _own(topology: Topology, sent_RR: np.ndarray, rank: int) -> np.ndarray:
@@ -44,6 +45,7 @@ def figures(of_ranks: np.ndarray, topology: Topology, between_nodes: bool) -> di
     total, busiest = of_ranks.sum(0), of_ranks.max(0)
     depth = topology.depth
     bytes_per_level = {level.name: int(total[i]) for i, level in enumerate(topology.levels)}
+    bytes_per_level |= {"tensor": int(total[depth + 4])} if total[depth + 4] else {}
     bytes_ceiling = total[depth + 1] / max(1.0, total[0])
     rows_ceiling = busiest[depth + 3] / max(1.0, busiest[depth + 2])
     return {
@@ -55,18 +57,27 @@ def figures(of_ranks: np.ndarray, topology: Topology, between_nodes: bool) -> di
     }
 
 
-def predicted_seconds(stats: LayerStats, topology: Topology) -> float:
+def predicted_seconds(stats: LayerStats, topology: Topology, tensor: Topology | None = None) -> float:
     """Dispatch and combine by the lines of the topology, each stage bounded by the rank that sends or receives most.
 
     (HierMoE's parts x largest block is the same where blocks are alike, and more where few rows make them unlike.)
-    Metadata that travels apart from rows is in the bytes; its latency counts as another alpha.
+    Metadata that travels apart from rows is in the bytes; its latency counts as another alpha. tensor: of a tensor
+    group, whose gathers and scatters count like all-to-alls of what they hand out.
     """
     depth, total = len(stats.exchange.traffic), 0.0
     for number, traffic in enumerate(stats.exchange.traffic, 1):
         link = topology.link(number, depth)
         total += link.seconds(_busiest(traffic.sent)) + (link.alpha if traffic.rows is not None else 0.0)
         total += link.seconds(_busiest(traffic.returned))
-    return total
+    return total + _inside(stats.exchange.tensor_bytes, tensor)
+
+
+def _inside(sent: tuple[int, int] | None, tensor: Topology | None) -> float:
+    """An all-gather in dispatch (if anything), a reduce-scatter and an all-gather in combine."""
+    if sent is None or tensor is None or tensor.ranks == 1:
+        return 0.0
+    link, whole = tensor.link(1, 1), tensor.ranks / (tensor.ranks - 1)  # a rank's own block does not travel
+    return link.seconds(sum(sent) * whole) + link.alpha * (1 + (sent[0] > 0))
 
 
 def _busiest(sent_RR: np.ndarray) -> float:

@@ -27,7 +27,7 @@ from .planners.static import owners, plan_static, slot_table
 from .routing.base import Memo, Tokens
 from .swapping import Swapper, swap_policy
 from .synthetic import ScriptedRouter, Skew, choose
-from .topology import cluster_of_launch
+from .topology import Topology, cluster_of_launch, node_of_ranks, topology_of
 from .transformer import scoped
 from .transport.hierarchical import BYTES
 
@@ -63,6 +63,7 @@ class Contender:
     carry: Callable[[], Any]
     swapper: Swapper | None
     between_nodes: bool
+    tensor: Topology
     stats: LayerStats | None = None
     swaps: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"layer": [], "step": [], "transport": []})
@@ -102,9 +103,11 @@ class Runtimes:
 
     def between_nodes(self, ranks: Sequence[int]) -> bool:
         """Whether these ranks are on several units of the cluster's outermost level but one."""
-        levels = self._cluster.levels
-        node = levels[-2].size if len(levels) > 1 else None
-        return node is not None and len({rank // node for rank in ranks}) > 1
+        return len(set(node_of_ranks(self._cluster, ranks).tolist())) > 1
+
+    def tensor_topology(self, mesh: Mesh) -> Topology:
+        """Of the tensor groups of a mesh."""
+        return topology_of(self._cluster, mesh.partition("tensor"))
 
     def of(self, config: Config) -> Runtime:
         mesh = mesh_of(config, self._comm.size)
@@ -152,8 +155,8 @@ def _contender(name: str, config: Config, load: Load, backend: Backend, runtimes
         return ops.cast((out.y * dy).sum(-1), "float32").sum(-1), out
 
     swapper = _swapper(config, runtime, load, parts)
-    far = runtimes.between_nodes(runtime.groups["expert"].ranks)
-    return Contender(name, config, runtime, state, layer, loss, lambda: state.modules["moe"]("carry"), swapper, far)
+    where = (runtimes.between_nodes(runtime.groups["expert"].ranks), runtimes.tensor_topology(runtime.mesh))
+    return Contender(name, config, runtime, state, layer, loss, lambda: state.modules["moe"]("carry"), swapper, *where)
 
 
 def _carry(layer: MoELayer, params: Mapping[str, Any], x_TD: Any, tokens: Tokens) -> Any:
@@ -192,9 +195,7 @@ def _measure(made: Sequence[Contender], load: Load, backend: Backend, comm: Comm
         times = np.array([contender.seconds[k] for k in ("layer", "step", "transport")])
         slowest = over_ranks(times).max(0)
         peak = int(over_ranks(np.array([peaks[contender.name]])).max())
-        results.append(
-            _row(contender, load, 1e3 * np.median(slowest, 1), peak, lambda x: comm.gather_to_host(x, world))
-        )
+        results.append(_row(contender, load, 1e3 * np.median(slowest, 1), peak, over_ranks))
     return results
 
 
@@ -281,7 +282,7 @@ def _row(
     return {
         **row,
         **figures(over_ranks(mine), topology, contender.between_nodes),
-        "predicted_milliseconds": round(1e3 * predicted_seconds(stats, topology), 3),
+        "predicted_milliseconds": round(1e3 * predicted_seconds(stats, topology, contender.tensor), 3),
     }
 
 

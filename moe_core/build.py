@@ -172,7 +172,25 @@ def _transport(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width
         whole = HierarchicalDedup(ops, comm, group, _hierarchy(moe, parallel, runtime, width))
     else:
         whole = Flat(ops, comm, group)
-    return whole if tensor.size == 1 else SummedOverTensor(whole, comm, tensor)
+    return whole if tensor.size == 1 else SummedOverTensor(whole, ops, comm, tensor)
+
+
+def _rounds(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> RoundRule:
+    """ValueError where exchanges should run under compute and can't."""
+    if parallel.overlap_chunks > 1 and runtime.comm.no_overlap is not None:
+        raise ValueError(
+            f"parallel.overlap_chunks={parallel.overlap_chunks}: exchanges don't run under compute on this backend "
+            f"({runtime.comm.no_overlap}); set overlap_chunks=1"
+        )
+    shape = LayerShape(
+        moe.num_experts,
+        width,
+        moe.expert_hidden_size,
+        moe.top_k,
+        bytes_per_element=4,
+        matrices=2 if moe.activation == "gelu" else 3,
+    )
+    return RoundRule(parallel.max_rows_per_rank, parallel.over_budget, parallel.overlap_chunks, shape)
 
 
 def _hierarchy(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> Hierarchy:

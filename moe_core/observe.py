@@ -15,7 +15,9 @@ from .model import StepOutput
 
 @dataclass
 class StepTotals:
-    """Sums over a rank's micro-batches of one step, on the host."""
+    """Sums over a rank's micro-batches of one step, on the host. node_R: node of each rank of the expert group."""
+
+    node_R: np.ndarray | None = None
 
     scalars: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     chosen_LE: np.ndarray | None = None
@@ -37,6 +39,8 @@ class StepTotals:
 
     def _add_rows(self, stats: LayerStats, kept: float, index: int) -> None:
         self.scalars["rows/sent"] += kept
+        if stats.exchange.tensor_bytes is not None:
+            self.scalars["bytes/tensor"] += sum(stats.exchange.tensor_bytes)
         for level, sent in stats.bytes_sent.items():
             self.scalars[f"bytes/{level}"] += sent
         if stats.plan is None:
@@ -47,8 +51,10 @@ class StepTotals:
         self.scalars["rows/computed"] += float(matrix[:, index].sum())
         self.scalars["rows/local"] += float(matrix[index, index])
         for traffic in stats.exchange.traffic:
-            sent = traffic.sent[index].sum() - traffic.sent[index, index]
-            self.scalars[f"bytes/{traffic.level}"] += float(sent)
+            sent = traffic.sent[index] + traffic.returned[index]  # out in dispatch, back in combine
+            self.scalars[f"bytes/{traffic.level}"] += float(sent.sum() - sent[index])
+            if self.node_R is not None:
+                self.scalars["between_nodes"] += float(sent[self.node_R != self.node_R[index]].sum())
 
 
 @dataclass(frozen=True)
@@ -98,5 +104,6 @@ def load_record(summary: StepSummary) -> dict[str, object]:
         "drop_rate": 1.0 - float(kept.sum() / max(chosen.sum(), 1.0)),
         "dead_experts": int((chosen == 0).sum()),
     }
+    record["bytes_between_nodes"] = summary.scalars.get("between_nodes", 0.0)
     record["bytes"] = {k.split("/", 1)[1]: v for k, v in summary.scalars.items() if k.startswith("bytes/")}
     return record

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.protocol import Array, Communicator, Group, Parameter, Piece
+from ..backends.protocol import Array, Communicator, Group, Ops, Parameter, Piece
 from .config import ModelConfig, MoeConfig
 from .parameters import take_part
 from .plan import Plan
 from .residency.base import Residency
 from .routing.base import Routing
 from .transport.base import Exchange, Transport
+from .transport.hierarchical import BYTES
 
 TOKEN = "token"
 """Group of the ranks that hold the same part of a split matrix: they differ in their tokens."""
@@ -152,14 +153,21 @@ class SplitExperts:
         return self._inner.compute(weights, rows_ND, exchange, plan)
 
 
+def all_reduce_bytes(size: int, ranks: int) -> int:
+    """What a rank sends in an all-reduce of `size` bytes: a reduce-scatter and an all-gather."""
+    return 2 * (ranks - 1) * size // ranks
+
+
 class SummedOverTensor:
     """A transport that carries whole rows on every tensor rank; the token's output is summed over the group."""
 
-    def __init__(self, inner: Transport, comm: Communicator, tensor: Group) -> None:
-        self._inner, self._comm, self._tensor = inner, comm, tensor
+    def __init__(self, inner: Transport, ops: Ops, comm: Communicator, tensor: Group) -> None:
+        self._inner, self._ops, self._comm, self._tensor = inner, ops, comm, tensor
 
     def dispatch(self, x_TD: Array, routing: Routing, plan: Plan | None) -> tuple[Array, Exchange]:
-        return self._inner.dispatch(x_TD, routing, plan)
+        rows_ND, exchange = self._inner.dispatch(x_TD, routing, plan)
+        whole = x_TD.shape[0] * x_TD.shape[1] * BYTES[self._ops.dtype_of(x_TD)]
+        return rows_ND, replace(exchange, tensor_bytes=(0, all_reduce_bytes(whole, self._tensor.size)))
 
     def combine(self, rows_ND: Array, weights_TK: Array, exchange: Exchange) -> Array:
         return self._comm.all_reduce(self._inner.combine(rows_ND, weights_TK, exchange), self._tensor)

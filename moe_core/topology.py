@@ -156,6 +156,12 @@ def _equal_units(level: LevelConfig, groups: Sequence[Sequence[int]]) -> int | N
     return found.pop() if len(found) == 1 else None
 
 
+def node_of_ranks(cluster: ClusterConfig, ranks: Sequence[int]) -> np.ndarray:
+    """Node (unit of the outermost level but one) of each rank; zeros where the cluster has one level."""
+    size = cluster.levels[-2].size if len(cluster.levels) > 1 else None
+    return np.zeros(len(ranks), np.int64) if size is None else np.asarray(ranks) // size
+
+
 def cluster_of_launch(launch: Launch, cluster: ClusterConfig) -> ClusterConfig:
     """`cluster`, or nodes of `local_size` ranks where the file leaves the default and a launcher tells of nodes."""
     if cluster != ClusterConfig() or launch.local_size == launch.size:

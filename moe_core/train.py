@@ -38,10 +38,19 @@ from .run_folder import LOGS, model_hash
 from .saving import Saver
 from .shared_folder import check_shared
 from .swapping import Swapper, swapper_of
-from .topology import cluster_of_launch
+from .topology import cluster_of_launch, node_of_ranks
 
 LOSSES = ("loss/load_balance", "loss/z", "loss/locality", "loss/entropy")
-SCALARS = ("cross_entropy", *LOSSES, "rows/sent", "rows/computed", "rows/local", "nan_tokens", "bad_norms")
+SCALARS = (
+    "cross_entropy",
+    *LOSSES,
+    "rows/sent",
+    "rows/computed",
+    "rows/local",
+    "between_nodes",
+    "nan_tokens",
+    "bad_norms",
+)
 
 
 def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume: str | None = None) -> dict[str, Any]:
@@ -194,7 +203,7 @@ class Session:
         with phases("data"):
             batch = self.arrangement.arrange(self.data.batch(self.step))
             mine = batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks)
-        totals = StepTotals()
+        totals = StepTotals(node_of_ranks(config.cluster, self.runtime.groups["expert"].ranks))
         micros = mine.micro_batches(config.train.micro_batch_size)
         rows = micros[0].tokens_SL.size * config.moe.top_k * config.moe.num_heads
         with phases("forward_backward"), errors_explained(self.comm, self.step + 1, rows):

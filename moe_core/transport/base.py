@@ -33,7 +33,8 @@ class Traffic:
 class Exchange:
     """What combine needs of dispatch. position_TK: row of each copy among the rows that come back, -1 = dropped.
 
-    counts_C: rows per slot of this rank, on the device. The other fields belong to the transport.
+    counts_C: rows per slot of this rank, on the device. traffic: the all-to-alls; tensor_bytes: what this rank sends
+    inside its tensor group in dispatch and in combine. The other fields belong to the transport.
     """
 
     position_TK: Array
@@ -43,6 +44,7 @@ class Exchange:
     to_slots: Array | None = None
     from_slots: Array | None = None
     traffic: tuple[Traffic, ...] = field(default=())
+    tensor_bytes: tuple[int, int] | None = None
     extra: Any = None
 
 

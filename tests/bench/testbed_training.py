@@ -20,6 +20,7 @@ from twinmoe.backends.registry import worker_environment
 from twinmoe.moe_core.bench_job import report_of
 from twinmoe.moe_core.combinations import check_ranks
 from twinmoe.moe_core.compose import load_config
+from twinmoe.moe_core.config import Config
 from twinmoe.moe_core.launch import WORKER
 from twinmoe.moe_core.metrics import METRICS
 from twinmoe.moe_core.run_folder import LOGS, open_run_folder
@@ -28,6 +29,8 @@ from twinmoe.moe_core.worker import Order
 
 WARM = 5
 """Steps that do not count: first calls, connections, swaps that settle."""
+LAST = 100
+"""Steps at the end that figures are taken from: losses that set in late have done their work."""
 
 
 def run_cell(cell: str, words: list[str], shape: Shape, folder: Path, timeout_s: float) -> dict[str, Any]:
@@ -44,17 +47,29 @@ def run_cell(cell: str, words: list[str], shape: Shape, folder: Path, timeout_s:
     summary = report_of(folder, statuses)
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     steps = [line for line in lines if "seconds" in line][WARM:]
+    late = steps[-LAST:]
     return {
         "cell": cell,
-        "step_milliseconds": round(1e3 * median(s["seconds"] for s in steps), 1),
-        "forward_backward_milliseconds": round(1e3 * median(s["phases"]["forward_backward"] for s in steps), 1),
+        "step_milliseconds": round(1e3 * median(s["seconds"] for s in late), 1),
+        "forward_backward_milliseconds": round(1e3 * median(s["phases"]["forward_backward"] for s in late), 1),
         "bytes_sent": steps[-1]["bytes"],
-        "local_share": round(sum(s["local_share"] for s in steps[-20:]) / len(steps[-20:]), 4),
+        "rows_crossing_per_token": round(_mean(late, "bytes_between_nodes") / _row_bytes(config, late), 4),
+        "rank_imbalance": round(_mean(late, "rank_imbalance"), 3),
         "loss_last": summary["loss_last"],
         "validation_loss": summary["validation_loss"],
         "model_hash": summary["model_hash"],
         "steps": summary["steps"],
     }
+
+
+def _mean(steps: list[dict[str, Any]], key: str) -> float:
+    return sum(s[key] for s in steps) / len(steps)
+
+
+def _row_bytes(config: Config, steps: list[dict[str, Any]]) -> float:
+    """Bytes of one row, there and back, in every layer, for each token of a step."""
+    layers = config.model.num_layers - config.model.num_dense_layers
+    return 2 * 4 * config.model.hidden_size * layers * _mean(steps, "tokens")
 
 
 def main() -> None:

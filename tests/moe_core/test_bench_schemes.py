@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,17 @@ def test_figures_of_the_sheets_table():
     assert deep["bytes_per_level"]["cluster"] == 2 * 8 * ROW + 8 * metadata
     assert deep["predicted_ceiling"] == pytest.approx(2 * 20 * ROW / (16 * ROW + 8 * metadata), abs=1e-3)
     assert deep["rows_ceiling"] == 1.0
+
+
+def test_bytes_inside_a_tensor_group_are_in_the_figures_and_in_the_modelled_time():
+    plan = plan_static(counts_of(list(TABLE), 8), slot_table(owners(8, 4), 4))
+    outcome = run_exchange(Problem(list(TABLE), plan), flat)[0]
+    stats = LayerStats(None, None, plan, replace(outcome.exchange, tensor_bytes=(300, 700)))
+    of_ranks = np.stack([own_figures(stats, TOPOLOGY, rank, ROW, plan) for rank in range(4)])
+    assert figures(of_ranks, TOPOLOGY, True)["bytes_per_level"]["tensor"] == 4000
+    without = predicted_seconds(stats, TOPOLOGY)
+    pair = Topology(2, (Level("node", 1, Link(0.1, 1e-4)),))
+    assert predicted_seconds(stats, TOPOLOGY, pair) == pytest.approx(without + 3 * 0.1 + 2 * 1000 * 1e-4)
 
 
 def test_schemes_take_settings_and_wrong_ones_are_refused_before_a_job_starts():

@@ -17,7 +17,7 @@ from twinmoe.moe_core.plan import Plan
 from twinmoe.moe_core.planners.least_loaded import LeastLoadedOptions, plan_least_loaded
 from twinmoe.moe_core.planners.static import owners, plan_static, slot_table
 from twinmoe.moe_core.routing.base import Routing
-from twinmoe.moe_core.tensor_parallel import SummedOverTensor
+from twinmoe.moe_core.tensor_parallel import SummedOverTensor, all_reduce_bytes
 from twinmoe.moe_core.transport.flat import Flat
 from twinmoe.moe_core.transport.groupwise import Groupwise, Slices
 from twinmoe.testing.moe_core.transport.harness import counts_of, random_ids
@@ -33,6 +33,8 @@ class Outcome:
     grads: list[np.ndarray]
     log: list[Call]
     sent: int
+    returned: int
+    inside: tuple[int, int] | None
 
 
 def run(kind: str, ids: list[np.ndarray], plan: Plan, tensor: int, padding: Any = "destination") -> list[Outcome]:
@@ -51,7 +53,7 @@ def run(kind: str, ids: list[np.ndarray], plan: Plan, tensor: int, padding: Any 
         scale = 1.0 if kind == "replicated" else part[inside.index]
         stack = variable(np.where(slots[:, None, None] >= 0, scale * matrices[np.maximum(slots, 0)], 0))
         if kind == "flat":
-            transport: Any = SummedOverTensor(Flat(ops, comm, group), comm, inside)
+            transport: Any = SummedOverTensor(Flat(ops, comm, group), ops, comm, inside)
         else:
             transport = Groupwise(ops, comm, group, inside, kind == "replicated", padding)
         start = len(comm.log)
@@ -61,9 +63,11 @@ def run(kind: str, ids: list[np.ndarray], plan: Plan, tensor: int, padding: Any 
         log = comm.log[start:]
         upstream = rng.standard_normal(y.shape) / tensor
         own = [comm.all_reduce(variable(g), inside).value for g in grad(y, [x, weights], upstream)]
-        traffic = exchange.traffic[0].sent if exchange.traffic else np.zeros((1, 1))
-        sent = int(traffic[group.index].sum() - traffic[group.index, group.index])
-        return Outcome(ops.to_numpy(y), own, log, sent)
+        both = [np.zeros((1, 1))] * 2
+        if exchange.traffic:
+            both = [exchange.traffic[0].sent, exchange.traffic[0].returned]
+        sent, returned = (int(t[group.index].sum() - t[group.index, group.index]) for t in both)
+        return Outcome(ops.to_numpy(y), own, log, sent, returned, exchange.tensor_bytes)
 
     return run_ranks(mesh.size, body)
 
@@ -120,13 +124,25 @@ def test_experts_with_several_slots():
     assert_same(run("flat", ids, plan, 2), run("groupwise", ids, plan, 2))
 
 
-def test_bytes_of_the_exchange_are_those_that_the_all_to_all_moved():
+@pytest.mark.parametrize("padding", ["destination", "slot"])
+@pytest.mark.parametrize(("kind", "tensor"), [("groupwise", 2), ("groupwise", 3), ("replicated", 2), ("replicated", 3)])
+def test_bytes_of_the_exchange_are_those_that_the_collectives_moved(kind: str, tensor: int, padding: str):
     ids = random_ids(8, 4, 8, 2)
-    for outcome in run("groupwise", ids, static(ids, 8), 2):
+    for outcome in run(kind, ids, static(ids, 8), tensor, padding):
         out, back = (c.bytes_sent for c in outcome.log if c.name == "all_to_all")
-        assert out == outcome.sent
+        assert (out, back) == (outcome.sent, outcome.returned)
+        inside = [c.bytes_sent for c in outcome.log if c.name in ("all_gather", "reduce_scatter")]
+        assert outcome.inside == (inside[0], sum(inside[1:]))
+        assert len(inside) == (2 if kind == "replicated" else 3)
         assert sum(c.name == "gather_to_host" for c in outcome.log) == 0
-        assert back >= 0
+
+
+def test_bytes_of_the_sum_over_the_tensor_group():
+    ids = random_ids(8, 2, 8, 2)
+    for outcome in run("flat", ids, static(ids, 8), 2):
+        reduced = [c.bytes_sent for c in outcome.log if c.name == "all_reduce"]
+        assert outcome.inside == (0, sum(reduced))  # with two ranks a ring sends what a direct exchange sends
+    assert [all_reduce_bytes(12, t) for t in (1, 2, 3, 4)] == [0, 12, 16, 18]
 
 
 @settings(max_examples=20, deadline=None)

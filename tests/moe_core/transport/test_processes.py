@@ -25,3 +25,11 @@ def test_bfloat16_rows_with_float32_weights_stay_within_rounding():
     y, d_x, d_weights = found["distances"]
     assert max(y, d_x) < 2**-7
     assert d_weights < 2**-7
+
+
+def test_bytes_of_an_exchange_are_those_in_the_log_of_calls():
+    found = run_processes(4, "twinmoe.testing.moe_core.transport.process_cases:traffic", {})
+    assert {name for name, (planned, _) in found.items() if planned[1]} == {"tensor", "groupwise"}
+    for name, (planned, moved) in found.items():
+        assert planned == moved, name
+        assert planned[0] > 0, name

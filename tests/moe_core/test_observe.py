@@ -1,0 +1,60 @@
+"""Bytes and rows in a step's record are those that its collectives moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from twinmoe.backends import reference
+from twinmoe.backends.reference.comm import Communicator, run_ranks
+from twinmoe.moe_core.config import Config
+from twinmoe.moe_core.train import Session
+
+BACKEND: Any = SimpleNamespace(
+    name="reference", ops=reference.ops, comm=reference.comm, trainer=reference.trainer, decided_by="test"
+)
+NODES = {"name": "pairs", "levels": [{"name": "node", "size": 2}, {"name": "cluster"}]}
+
+
+def config(**parallel: Any) -> Config:
+    train = {"steps": 1, "dtype": "float64", "global_batch_size": 4, "sequence_length": 12}
+    model = {"hidden_size": 8, "num_layers": 2, "num_attention_heads": 2}
+    moe = {"num_experts": 8, "top_k": 2, "expert_hidden_size": 4}
+    return Config.model_validate({"cluster": NODES, "model": model, "moe": moe, "parallel": parallel, "train": train})
+
+
+def step(setting: Config, folder: Path) -> tuple[dict[str, Any], int, int]:
+    """(record, bytes of all all-to-alls, bytes of all collectives inside tensor groups but attention's sums)."""
+
+    def rank(comm: Communicator) -> tuple[dict[str, Any], int, int]:
+        session = Session.open(setting, BACKEND, comm, folder)
+        start = len(comm.log)
+        record = session.train_step()
+        log = [c for c in comm.log[start:] if c.group in ("expert", "tensor")]
+        rows = sum(c.bytes_sent for c in log if c.name == "all_to_all")
+        return record, rows, sum(c.bytes_sent for c in log if c.name in ("all_gather", "reduce_scatter"))
+
+    results = run_ranks(4, rank)
+    return results[0][0], sum(r for _, r, _ in results), sum(i for *_, i in results)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_bytes_of_a_step_are_those_of_its_forward_collectives(tensor: int, tmp_path: Path):
+    how = {"transport": "groupwise", "tensor_parallel_size": 2} if tensor == 2 else {}
+    record, rows, inside = step(config(**how), tmp_path)
+    level = "groupwise" if tensor == 2 else "flat"
+    assert record["bytes"][level] == rows / 2  # backward moves the same again
+    assert record["bytes"].get("tensor", 0) == inside / 2
+    if tensor == 2:  # an expert group has one rank a node: all of its rows cross
+        assert record["bytes_between_nodes"] == record["bytes"][level]
+    else:
+        assert 0 < record["bytes_between_nodes"] < record["bytes"][level]
+
+
+def test_on_one_node_nothing_crosses(tmp_path: Path):
+    setting = config().model_copy(update={"cluster": Config().cluster})
+    record, rows, _ = step(setting, tmp_path)
+    assert record["bytes_between_nodes"] == 0
+    assert record["bytes"]["flat"] == rows / 2
