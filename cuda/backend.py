@@ -20,10 +20,19 @@ def device_count() -> int:
     return torch.cuda.device_count()
 
 
+LINKS: Mapping[str, Mapping[str, str]] = {
+    "nvlink": {},
+    "shared_memory": {"NCCL_P2P_DISABLE": "1"},
+    "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"},
+}
+"""What NCCL is told so that the cards of a host talk over a slower link: about 200 and 16 Gb/s, as between nodes."""
+
+
 def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The host's interface, where one is named."""
+    """The host's interface, where one is named, and the class of link between the cards of a host (`link`)."""
     interface = settings.get("network_interface")
-    return {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
+    named = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
+    return {**LINKS[settings.get("link") or "nvlink"], **named}
 
 
 def probe() -> tuple[bool, str, dict[str, str]]:

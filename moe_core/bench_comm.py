@@ -186,7 +186,8 @@ def run(request: CommRequest) -> dict[str, Any]:
         "collectives": list(request.collectives),
     }
     measured = run_task("bench_comm", options, request.where)
-    result = report(measured, request.with_fit or request.out is not None, ranks_of(request.where))
+    named = {"link": request.where.link} if request.where.link else {}
+    result = named | report(measured, request.with_fit or request.out is not None, ranks_of(request.where))
     if request.out is not None:
         request.out.write_text(cluster_text(result["cluster"]), encoding="utf-8")
     return result

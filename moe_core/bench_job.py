@@ -19,19 +19,25 @@ from .run_folder import LOGS, SUMMARY
 from .testbed import Shape, Testbed, run_ranks
 from .worker import Order
 
+LINKS = ("nvlink", "shared_memory", "socket")
+"""Classes of links between GPUs of one host: the last two stand for InfiniBand and Ethernet between nodes."""
 DEFAULT_RANKS = 4
 _PORT = 29640
 
 
 @dataclass(frozen=True)
 class Where:
-    """nproc local ranks ('auto': one a device, else 4) of a backend, or the ranks of a testbed's shape."""
+    """nproc local ranks ('auto': one a device, else 4) of a backend, or the ranks of a testbed's shape.
+
+    link: over which link the GPUs of this host talk (LINKS); the fastest by default.
+    """
 
     nproc: str = "auto"
     backend: str | None = None
     testbed: str | None = None
     rate: str | None = None
     timeout_s: float = 1800.0
+    link: str | None = None
 
     @property
     def shape(self) -> Shape | None:
@@ -63,13 +69,22 @@ def ranks_of(where: Where) -> int:
 def run_task(task: str, options: Mapping[str, Any], where: Where) -> dict[str, Any]:
     """The task's report. Raises ConfigError, BackendError, JobFailedError (its logs stay then)."""
     choice = choose("cpu" if where.testbed else where.backend)
+    _check_link(where.link, choice.name)
     ranks = ranks_of(where)
     with _folder(task) as folder:
         order = Order(task, folder, choice.name, choice.decided_by, options)
         shape = where.shape
         if shape is not None:
             return _on_testbed(order, shape, where.timeout_s)
-        return run_job(Job(order, ranks, launcher_name(choice.name), free_port()), _Silent())
+        settings = {"link": where.link} if where.link else {}
+        return run_job(Job(order, ranks, launcher_name(choice.name), free_port(), settings), _Silent())
+
+
+def _check_link(link: str | None, backend: str) -> None:
+    if link is not None and link not in LINKS:
+        raise ConfigError(f"--link {link} is unknown; choose one of {', '.join(LINKS)}")
+    if link is not None and backend != "cuda":
+        raise ConfigError(f"--link {link} chooses between links of NVIDIA GPUs, not of {backend}; leave --link out")
 
 
 @contextmanager

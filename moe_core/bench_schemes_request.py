@@ -63,7 +63,8 @@ def run(request: SchemesRequest) -> dict[str, Any]:
         "cluster": cluster.model_dump(mode="json"),
     }
     report = run_task("bench_schemes", options, request.where)
-    return {**report, "rows": [_with_hash(row, configs[row["scheme"]]) for row in report["rows"]]}
+    named = {"link": request.where.link} if request.where.link else {}
+    return {**report, **named, "rows": [_with_hash(row, configs[row["scheme"]]) for row in report["rows"]]}
 
 
 def scheme_config(text: str, request: SchemesRequest) -> Config:

@@ -169,6 +169,10 @@ Rate = Annotated[str | None, typer.Option("--rate", help="Of a testbed node's li
 
 
 @bench_app.command(name="comm")
+Link = Annotated[
+    str | None,
+    typer.Option("--link", metavar="nvlink|shared_memory|socket", help="Between the GPUs of this host."),
+]
 def bench_comm(
     with_fit: Annotated[bool, typer.Option("--fit", help="Fit alpha and beta to every level.")] = False,
     cluster: Annotated[str | None, typer.Option(metavar="NAME", help="Levels: a path or a packaged name.")] = None,
@@ -179,11 +183,12 @@ def bench_comm(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the fitted cluster file here.")] = None,
     as_json: Json = False,
 ) -> None:
+    link: Link = None,
     """Milliseconds of collectives by level and size, and the lines that fit them."""
     from . import bench_comm as module
     from .bench_job import Where
 
-    where = Where(nproc, backend, testbed, rate)
+    where = Where(nproc, backend, testbed, rate, link=link)
     report = module.run(module.CommRequest(where, cluster, with_fit, out))
     _emit(report, as_json, lambda: print(*table_lines(report["rows"]), "", *table_lines(report["fit"]), sep="\n"))
 
@@ -210,11 +215,12 @@ def bench_schemes(
     as_json: Json = False,
 ) -> None:
     """One layer, forward and backward, under every scheme on the same choices."""
+    link: Link = None,
     from . import bench_schemes_request as module
     from .bench_job import Where
 
     request = module.SchemesRequest(
-        Where(nproc, backend, testbed, rate),
+        Where(nproc, backend, testbed, rate, link=link),
         tuple(scheme or module.SCHEMES),
         tuple(skew or module.SKEWS),
         tuple(top_k or (2,)),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from twinmoe.moe_core.bench_figures import figures, own_figures, predicted_seconds
-from twinmoe.moe_core.bench_job import Where
+from twinmoe.moe_core.bench_job import LINKS, Where
 from twinmoe.moe_core.bench_schemes_request import SchemesRequest, mixed_models, run, scheme_config, table
 from twinmoe.moe_core.combinations import ConfigError
 from twinmoe.moe_core.layer import LayerStats
@@ -67,6 +67,17 @@ def test_schemes_take_settings_and_wrong_ones_are_refused_before_a_job_starts():
             scheme_config(scheme, request)
     with pytest.raises(ConfigError, match="hot experts"):
         run(SchemesRequest(Where(nproc="2"), skews=("hot:95:2",), top_ks=(4,)))
+
+
+def test_a_link_class_is_for_nvidia_gpus_and_reaches_their_workers():
+    for link, told in (("infiniband", "choose one of nvlink, shared_memory, socket"), ("socket", "leave --link out")):
+        with pytest.raises(ConfigError, match=told):
+            run(SchemesRequest(Where(nproc="2", backend="cpu", link=link)))
+    cuda = pytest.importorskip("twinmoe.cuda.backend")
+    assert tuple(cuda.LINKS) == LINKS
+    assert cuda.worker_environment({}) == {}
+    assert cuda.worker_environment({"link": "shared_memory"}) == {"NCCL_P2P_DISABLE": "1"}
+    assert cuda.worker_environment({"link": "socket"})["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 def test_rows_of_different_models_are_marked():
