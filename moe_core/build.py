@@ -13,6 +13,7 @@ from .heads import HeadsLayer
 from .heads_build import build_heads
 from .layer import MoELayer
 from .mesh import Mesh
+from .planners.budget import LayerShape, RoundRule
 from .planners.static import owners
 from .planning import make_planner
 from .residency.base import Residency
@@ -133,6 +134,7 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
         residency=residency,
         shared=shared,
         checkpoint_experts=spec.checkpoint_experts,
+        rounds=_rounds(moe, parallel, runtime, spec.width),
     )
     parameters = router.parameters(spec.prefix) + residency.parameters(spec.prefix, spec.std_down) + shared_parameters
     return LayerParts(layer, parameters)
@@ -166,7 +168,7 @@ def _transport(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width
     ops, comm, group, tensor = runtime.ops, runtime.comm, runtime.groups["expert"], runtime.groups["tensor"]
     if group.size > 1 and tensor.size > 1 and parallel.transport == "groupwise":
         return Groupwise(ops, comm, group, tensor)
-    if group.size == 1:
+    if group.size == 1 and parallel.max_rows_per_rank is None:
         whole: Transport = Local(ops, moe.num_experts)
     elif parallel.transport == "hierarchical_dedup":
         whole = HierarchicalDedup(ops, comm, group, _hierarchy(moe, parallel, runtime, width))

@@ -77,6 +77,20 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.parallel.transport == "groupwise" and c.parallel.tensor_parallel_size == 1,
     ),
     Rule(
+        "parallel.overlap_chunks",
+        "parallel.transport",
+        "each stage waits for the one before it; choose transport flat or groupwise, or overlap_chunks 1",
+        lambda c: c.parallel.overlap_chunks > 1 and c.parallel.transport == "hierarchical_dedup",
+    ),
+    Rule(
+        "parallel.overlap_chunks",
+        "parallel.tensor_parallel_size",
+        "whole rows of a tensor group do not travel in parts; choose transport groupwise, or overlap_chunks 1",
+        lambda c: (
+            c.parallel.overlap_chunks > 1 and c.parallel.tensor_parallel_size > 1 and c.parallel.transport == "flat"
+        ),
+    ),
+    Rule(
         "parallel.tensor_parallel_size",
         "parallel.residency",
         "shards are cut across columns already; choose residency owned or borrowed, or tensor_parallel_size 1",
@@ -100,22 +114,6 @@ RULES: tuple[Rule, ...] = (
         "every rank gets the same number of heads; choose a tensor_parallel_size that divides them and key-value heads",
         lambda c: any(heads % c.parallel.tensor_parallel_size for heads in _attention_heads(c)),
     ),
-    Rule(
-        "parallel.head_parallel_size",
-        "moe.num_heads",
-        "there is only one head to share; set moe.num_heads > 1 or head_parallel_size 1",
-        lambda c: c.parallel.head_parallel_size > 1 and c.moe.num_heads == 1,
-    ),
-    Rule(
-        "parallel.head_parallel_size",
-        "moe.num_heads",
-        "every rank gets the same number of heads; choose a head_parallel_size that divides num_heads",
-        lambda c: c.moe.num_heads % c.parallel.head_parallel_size != 0,
-    ),
-    Rule(
-        "moe.num_heads",
-        "moe.head_dim",
-        "sub-tokens need a width; set moe.head_dim",
     Rule(
         "parallel.tensor_parallel_size",
         "moe.expert_bias",
@@ -146,6 +144,22 @@ RULES: tuple[Rule, ...] = (
         "only the top-k and Switch gates have a bias of their own; choose router topk, or router_bias false",
         lambda c: c.moe.router_bias and (c.moe.router not in ("topk", "switch") or c.moe.num_heads > 1),
     ),
+    Rule(
+        "parallel.head_parallel_size",
+        "moe.num_heads",
+        "there is only one head to share; set moe.num_heads > 1 or head_parallel_size 1",
+        lambda c: c.parallel.head_parallel_size > 1 and c.moe.num_heads == 1,
+    ),
+    Rule(
+        "parallel.head_parallel_size",
+        "moe.num_heads",
+        "every rank gets the same number of heads; choose a head_parallel_size that divides num_heads",
+        lambda c: c.moe.num_heads % c.parallel.head_parallel_size != 0,
+    ),
+    Rule(
+        "moe.num_heads",
+        "moe.head_dim",
+        "sub-tokens need a width; set moe.head_dim",
         lambda c: c.moe.num_heads > 1 and c.moe.head_dim is None,
     ),
     Rule(

@@ -187,6 +187,8 @@ class ParallelConfig(Section):
     """How the layer runs: never changes its function. `scheme` names a combination (configs/schemes/).
 
     head_chunks: 2 computes the heads of a micro-batch in halves, one's exchange while the other is computed.
+    max_rows_per_rank: no rank holds more rows of experts at once; a plan over it runs in rounds, or over_budget=error.
+    overlap_chunks: rounds of a plan within the budget; exchanges of one run under the compute of another.
     """
 
     scheme: str = "ep"
@@ -203,6 +205,8 @@ class ParallelConfig(Section):
     data_sharding: Literal["none", "full"] = "none"
     data_assignment: Literal["round_robin", "by_domain", "by_affinity"] = "round_robin"
     max_rows_per_rank: int | None = Field(default=None, gt=0)
+    over_budget: Literal["chunk", "error"] = "chunk"
+    overlap_chunks: int = Field(default=1, gt=0)
     slots_per_rank: int | None = Field(default=None, gt=0)
     least_loaded: LeastLoadedConfig = LeastLoadedConfig()
     relayout: RelayoutConfig = RelayoutConfig()
@@ -223,6 +227,7 @@ class LevelConfig(Section):
     beta: float = Field(default=0.0, ge=0)
     rail_alpha: float | None = Field(default=None, ge=0)
     rail_beta: float | None = Field(default=None, ge=0)
+    shared_link: bool = False
 
 
 class ClusterConfig(Section):
@@ -230,16 +235,15 @@ class ClusterConfig(Section):
 
     device_teraflops: of experts' products, as `bench layer` reports them for one device.
     """
-    shared_link: bool = False
 
     name: str = "one_host"
     levels: tuple[LevelConfig, ...] = (LevelConfig(name="host"),)
     device_memory_bytes: int | None = Field(default=None, gt=0)
+    device_teraflops: float | None = Field(default=None, gt=0)
 
 
 class CommunicationConfig(Section):
     """What a device's collectives are told when workers start; a variable that is set already wins.
-    device_teraflops: float | None = Field(default=None, gt=0)
 
     connect_timeout_s: a peer's first collective, after data and checkpoints were loaded; execute_timeout_s: inside a
     running one; buffer_mb: per direction and communicator; network_interface: the host's, where it has several.

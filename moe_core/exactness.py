@@ -54,6 +54,8 @@ class Case:
         more = ("+recompute" if self.recompute else "") + (
             f"+micro{self.micro_batches}" if self.micro_batches > 1 else ""
         )
+        more += f"+budget{p.max_rows_per_rank}" if p.max_rows_per_rank else ""
+        more += f"+overlap{p.overlap_chunks}" if p.overlap_chunks > 1 else ""
         return (
             f"{self.moe.router} E={self.moe.num_experts} k={self.moe.top_k} {how}{more} "
             f"ep={self.expert} hp={self.head} tp={self.tensor} {self.routing}"

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..backends.protocol import Array, Communicator, Group, Ops
 from .idle import with_padding, without_padding
 from .plan import Plan
+from .planners.budget import RoundRule
 from .planning import Planner
 from .residency.base import Residency
+from .rounds import in_rounds
 from .routing.base import Memo, Router, Routing, Tokens
 from .transport.base import Exchange, Transport
 
@@ -51,7 +54,10 @@ class MoEOutput:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """The collaborators of one layer; the parameters are passed to `__call__` by their own short names."""
+    """The collaborators of one layer; the parameters are passed to `__call__` by their own short names.
+
+    rounds: when rows travel and are computed in several rounds (`rounds.in_rounds`).
+    """
 
     ops: Ops
     comm: Communicator
@@ -63,6 +69,7 @@ class MoELayer:
     residency: Residency
     shared: Callable[[Mapping[str, Array], Array], Array] | None = None
     checkpoint_experts: bool = False
+    rounds: RoundRule = field(default_factory=RoundRule)
 
     def __call__(self, params: Mapping[str, Array], x_TD: Array, tokens: Tokens, memo: Memo) -> MoEOutput:
         if x_TD.shape[0] == 0:
@@ -70,29 +77,42 @@ class MoELayer:
             return replace(out, y=without_padding(self.ops, out.y))
         routing = self.router.route(params, x_TD, tokens, memo)
         plan = self.plan(routing, tokens, memo)
-        rows_ND, exchange = self.transport.dispatch(x_TD, routing, plan)
-        out_ND = self.compute(params, rows_ND, exchange, plan)
-        y_TD = self.transport.combine(out_ND, routing.weights_TK, exchange)
+        if plan is not None and plan.rounds > 1:
+            y_TD, exchange = in_rounds(self, params, x_TD, routing, plan)
+        else:
+            weights = self.gather(params, plan)
+            rows_ND, exchange = self.transport.dispatch(x_TD, routing, plan)
+            out_ND = self.compute(weights, rows_ND, exchange, plan)
+            y_TD = self.transport.combine(out_ND, routing.weights_TK, exchange)
         if self.shared is not None:
             y_TD = y_TD + self.shared(params, x_TD)
         return MoEOutput(y_TD, routing.losses, self._stats(routing, plan, exchange))
 
     def plan(self, routing: Routing, tokens: Tokens, memo: Memo) -> Plan | None:
-        """The layer's one copy to the host: (ranks, experts) counts of kept rows. None in a group of one rank."""
-        if self.group.size == 1:
+        """The layer's one copy to the host: (ranks, experts) counts of kept rows. None in a group of one rank that
+        has no row budget. RowBudgetError, on every rank and before a row has moved, for a plan over its budget."""
+        if self.group.size == 1 and self.rounds.max_rows is None:
             return None
 
         def decide() -> Plan:
             counts_E = self.ops.count(routing.ids_TK, self.num_experts)
-            return self.planner.plan(self.comm.gather_to_host(counts_E, self.group), tokens.training)
+            return self.rounds.apply(self.planner.plan(self.comm.gather_to_host(counts_E, self.group), tokens.training))
 
         return memo.once("plan", decide)
 
-    def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
-        """Expert outputs; under `train.recompute: experts` their intermediates are computed again in backward."""
+    def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Any:
+        """Weights that rest elsewhere set out while rows travel; those that are recomputed with the experts, later."""
+        return params if self.checkpoint_experts else self.residency.gather(params, plan)
+
+    def compute(self, weights: Any, rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+        """Expert outputs; under `train.recompute: experts` weights and intermediates come a second time in backward."""
         if not self.checkpoint_experts:
-            return self.residency.compute(params, rows_ND, exchange, plan)
-        return self.ops.checkpoint(lambda rows: self.residency.compute(params, rows, exchange, plan), rows_ND)
+            return self.residency.compute(weights, rows_ND, exchange, plan)
+
+        def again(rows_ND: Array) -> Array:
+            return self.residency.compute(self.residency.gather(weights, plan), rows_ND, exchange, plan)
+
+        return self.ops.checkpoint(again, rows_ND)
 
     def _stats(self, routing: Routing, plan: Plan | None, exchange: Exchange) -> LayerStats:
         chosen_E = self.ops.count(routing.chosen_TK, self.num_experts)

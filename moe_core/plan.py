@@ -40,6 +40,10 @@ class Plan:
         return self.slots.shape[1]
 
     @property
+    def rounds(self) -> int:
+        return int(self.round.max(initial=0)) + 1
+
+    @property
     def one_slot_per_expert(self) -> bool:
         return all(len(o) == 1 for o in self.order)
 

@@ -67,7 +67,17 @@ TRANSPORTS: Mapping[str, dict[str, Any]] = {
 }
 TENSOR_SIZES = (1, 2)
 
+ROUNDS: Mapping[str, dict[str, Any]] = {
+    "whole": {},
+    "budget": {"max_rows_per_rank": 5},
+    "overlap": {"overlap_chunks": 3},
+}
+"""How often rows travel: at once, in rounds of a few rows, in rounds whose exchanges run under compute."""
+WORK = (("whole", False, 1), ("whole", True, 2), ("budget", False, 2), ("overlap", True, 1))
+"""(rounds, recompute, micro-batches)."""
 
+SKEWED = ("same_experts", "idle_rank")
+"""Routings for rounds: some ranks and rounds have no rows."""
 UNEQUAL = ("idle_rank", "uneven")
 """Routings in which ranks hold different numbers of tokens: the exchange of heads has equal splits."""
 
@@ -84,13 +94,14 @@ def all_cases(world: int, dtype: str) -> Iterator[Labelled]:
     """Every legal case of `world` ranks."""
     sizes = range(1, world + 1)
     meshes = [(e, h, t) for t in TENSOR_SIZES for h in sizes for e in sizes if world % (e * h * t) == 0]
-    work = [(False, 1), (True, 2)]
-    for moe, scheme, transport, routing, mesh, (recompute, micro) in itertools.product(
-        MOES, SCHEMES, TRANSPORTS, ROUTINGS, meshes, work
+    for moe, scheme, transport, routing, mesh, work in itertools.product(
+        MOES, SCHEMES, TRANSPORTS, ROUTINGS, meshes, WORK
     ):
         if mesh[1] > 1 and routing in UNEQUAL:
             continue
-        labelled = make_case(moe, scheme, transport, routing, mesh, dtype, recompute, micro)
+        if work[0] != "whole" and routing not in SKEWED:
+            continue
+        labelled = make_case(moe, scheme, transport, routing, mesh, dtype, *work)
         if labelled is not None and mesh[0] <= labelled.case.moe.num_experts:
             yield labelled
 
@@ -102,12 +113,16 @@ def make_case(
     routing: str,
     sizes: tuple[int, int, int],
     dtype: str,
-    recompute: bool,
-    micro: int,
+    rounds: str = "whole",
+    recompute: bool = False,
+    micro: int = 1,
 ) -> Labelled | None:
     """None where options do not combine, or would name a case that another name has. sizes: expert, head, tensor."""
     expert, head, tensor = sizes
-    how = {**SCHEMES[scheme], **TRANSPORTS[transport], "head_parallel_size": head, "tensor_parallel_size": tensor}
+    sized = {"head_parallel_size": head, "tensor_parallel_size": tensor}
+    how = {**SCHEMES[scheme], **TRANSPORTS[transport], **sized, **ROUNDS[rounds]}
+    if rounds == "overlap" and expert == 1:
+        return None
     if scheme == "hiermoe" and transport != "hierarchical_dedup":
         return None
     config = MoeConfig(**{"expert_hidden_size": 6, "aux_loss_coeff": 0.02, **MOES[moe]})
@@ -133,13 +148,14 @@ def make_case(
         "head_parallel_size": str(head),
         "tensor_parallel_size": str(tensor),
         "recompute": "experts" if recompute else "none",
+        "rounds": rounds,
     }
     return Labelled(case, tuple(axes.items()))
 
 
-def choose_cases(level: VerifyLevel, world: int, dtype: str) -> list[Labelled]:
-    """The cases of a level: deterministic, the same on every rank."""
-    everything = list(all_cases(world, dtype))
+def choose_cases(level: VerifyLevel, world: int, dtype: str, overlaps: bool = True) -> list[Labelled]:
+    """The cases of a level: deterministic, the same on every rank. overlaps: False leaves those out."""
+    everything = [c for c in all_cases(world, dtype) if overlaps or dict(c.axes)["rounds"] != "overlap"]
     if level == "full":
         return everything
     named = [c for c in everything if _is_named(c, world)]
@@ -157,6 +173,7 @@ def _is_named(labelled: Labelled, world: int) -> bool:
         and axes["transport"] == own
         and case.expert == min(world, case.moe.num_experts)
         and not case.recompute
+        and axes["rounds"] == "whole"
     )
 
 
@@ -202,7 +219,7 @@ class Runtimes:
 def verify_rank(backend: Backend | Any, comm: Communicator, level: VerifyLevel, dtype: str) -> dict[str, Any]:
     """All cases of this world on this rank; the worst over ranks is reported on every rank."""
     runtimes = Runtimes(backend, comm)
-    cases = choose_cases(level, comm.size, dtype)
+    cases = choose_cases(level, comm.size, dtype, comm.no_overlap is None)
     reports = [check_case(labelled.case, backend, runtimes.of(labelled.case)) for labelled in cases]
     world = make_runtime(backend.ops, comm, Mesh.over(comm.size, comm.size)).groups["world"]
     mine = np.array([[r.worst, float(r.zeros_ok)] for r in reports]).reshape(-1, 2)

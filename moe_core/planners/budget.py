@@ -15,23 +15,42 @@ class RowBudgetError(RuntimeError):
     """A rank would compute more rows than `max_rows_per_rank` allows."""
 
 
-def within_budget(plan: Plan, max_rows: int | None, over: Literal["chunk", "error"] = "chunk") -> Plan:
-    """The plan itself where it fits, else in rounds; RowBudgetError with `over="error"`."""
-    if max_rows is None or int(plan.rows_per_rank().max()) <= max_rows:
-        return plan
-    if over == "error":
-        raise RowBudgetError(_explain(plan, max_rows))
-    return split_rounds(plan, max_rows)
+@dataclass(frozen=True)
+class RoundRule:
+    """When a layer works in rounds. max_rows: budget of a rank; over: what happens to a plan that exceeds it.
+
+    chunks: rounds of a plan that keeps the budget, one's exchange under another's compute. shape: for the error.
+    """
+
+    max_rows: int | None = None
+    over: Literal["chunk", "error"] = "chunk"
+    chunks: int = 1
+    shape: LayerShape | None = None
+
+    def exceeded(self, plan: Plan) -> bool:
+        """Whether a rank would compute more rows than it may."""
+        return self.max_rows is not None and int(plan.rows_per_rank().max()) > self.max_rows
+
+    def apply(self, plan: Plan) -> Plan:
+        """The plan, in rounds where they are wanted; the same number on every rank. RowBudgetError for `error`."""
+        if self.max_rows is not None and self.exceeded(plan):
+            if self.over == "error":
+                raise RowBudgetError(_explain(plan, self.max_rows, self.shape))
+            return split_rounds(plan, self.max_rows)
+        if self.chunks == 1:
+            return plan
+        return split_rounds(plan, max(1, -(-int(plan.rows_per_rank().max()) // self.chunks)))
 
 
-def _explain(plan: Plan, max_rows: int) -> str:
+def _explain(plan: Plan, max_rows: int, shape: LayerShape | None) -> str:
     rank = int(plan.rows_per_rank().argmax())
     rows_C = plan.rows_per_slot(rank)
     slot = int(rows_C.argmax())
+    held = "" if shape is None else f" ({forecast(plan, shape).peak[rank] / 2**30:.3g} GiB with its weights)"
     return (
-        f"rank {rank} would compute {int(rows_C.sum())} rows, {int(rows_C[slot])} of them of expert "
-        f"{int(plan.slots[rank, slot])}, more than max_rows_per_rank={max_rows}; raise it, let rows run in rounds, "
-        "or spread them with planner least_loaded or relayout"
+        f"rank {rank} would compute {int(rows_C.sum())} rows{held}, {int(rows_C[slot])} of them of expert "
+        f"{int(plan.slots[rank, slot])}, more than max_rows_per_rank={max_rows}; raise it, set over_budget=chunk, "
+        "or spread rows with planner least_loaded or relayout"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...backends.protocol import Array, Parameter
 from ..plan import Plan
@@ -17,6 +17,14 @@ class Residency(Protocol):
         """What this rank stores, named `prefix` + 'w_up' and so on."""
         ...
 
-    def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
-        """out_ND: rows, in slot order, through their slot's expert."""
+    def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Any:
+        """Begin to bring here the weights that this call's plan wants; `compute` waits for those that it needs."""
+        ...
+
+    def arrived(self, weights: Any) -> Any:
+        """The same with all weights here, to serve several rounds of rows."""
+        ...
+
+    def compute(self, weights: Any, rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+        """out_ND: rows, in slot order, through their slot's expert. weights: from `gather` or `arrived`."""
         ...

@@ -6,6 +6,8 @@ Forward sends one flat buffer per lent expert; its adjoint brings the weight gra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,17 @@ from .feed_forward import expert_rows
 from .owned import Owned, expert_names, expert_shapes
 
 
+@dataclass(frozen=True)
+class Loans:
+    """own: this rank's parameters. started: borrowed experts under way, None where nobody lends; slot_order: where
+    they go once here (None: as they come). stacks: the experts, here."""
+
+    own: Mapping[str, Array]
+    started: Any = None
+    slot_order: np.ndarray | None = None
+    stacks: list[Array] | None = None
+
+
 class Borrowed:
     """`Owned` parameters; slots past the owned ones hold experts of other ranks. Native rows are computed first."""
 
@@ -24,37 +37,46 @@ class Borrowed:
         self._owned, self._ops, self._comm, self._group, self._moe = owned, ops, comm, group, moe
         self._names = expert_names(moe)
         self._shapes = [shape for _, shape, _ in expert_shapes(moe, width, 0.0, 0.0)]
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes]
 
     def parameters(self, prefix: str, std_down: float) -> tuple[Parameter, ...]:
         return self._owned.parameters(prefix, std_down)
 
-    def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+    def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Loans:
+        """One all-to-all of flat experts, under way."""
         if plan is None or not lends(plan):
-            return self._owned.compute(params, rows_ND, exchange, plan)
+            return Loans(params)
+        ops = self._ops
+        sends, receives, index, slot_order = loans(plan, self._group.index)
+        chosen = ops.asarray(index)
+        stacks = [params[name].reshape((-1, size)) for name, size in zip(self._names, self._sizes)]
+        flat = ops.concat([ops.take_rows(stack, chosen) for stack in stacks], 1)
+        return Loans(params, self._comm.all_to_all_start(flat, self._group, sends, receives), slot_order)
+
+    def arrived(self, weights: Loans) -> Loans:
+        """With the stacks of the borrowed experts of this rank, in slot order."""
+        if weights.started is None or weights.stacks is not None:
+            return weights
+        flat = self._comm.all_to_all_finish(weights.started)
+        flat = flat if weights.slot_order is None else self._ops.take_rows(flat, self._ops.asarray(weights.slot_order))
+        parts = self._ops.split(flat, self._sizes, 1)
+        stacks = [part.reshape((flat.shape[0], *shape)) for part, shape in zip(parts, self._shapes)]
+        return replace(weights, stacks=stacks)
+
+    def compute(self, weights: Loans, rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+        if plan is None or weights.started is None:
+            return self._owned.compute(weights.own, rows_ND, exchange, plan)
         ops, moe, me = self._ops, self._moe, self._group.index
-        rows_C, native = plan.rows_per_slot(me), params["w_up"].shape[0]
+        rows_C, native = plan.rows_per_slot(me), weights.own["w_up"].shape[0]
         first_borrowed = native_slots(plan, me)
         held = int((plan.weight_from[me] >= 0).sum())
         own_rows = int(rows_C[:first_borrowed].sum())
         own_ND, other_ND = ops.split(rows_ND, [own_rows, rows_ND.shape[0] - own_rows])
-        borrowed = self._borrow(params, plan)
-        own = expert_rows(ops, moe, own_ND, [params[name] for name in self._names], ops.asarray(rows_C[:native]))
+        own = expert_rows(ops, moe, own_ND, [weights.own[n] for n in self._names], ops.asarray(rows_C[:native]))
+        borrowed = self.arrived(weights).stacks
+        assert borrowed is not None
         lent = ops.asarray(rows_C[first_borrowed : first_borrowed + held])
         return ops.concat([own, expert_rows(ops, moe, other_ND, borrowed, lent)])
-
-    def _borrow(self, params: Mapping[str, Array], plan: Plan) -> list[Array]:
-        """The stacks of the borrowed experts of this rank, in slot order: one all-to-all of flat experts."""
-        ops, me = self._ops, self._group.index
-        sends, receives, index, slot_order = loans(plan, me)
-        chosen = ops.asarray(index)
-        sizes = [int(np.prod(shape)) for shape in self._shapes]
-        stacks = [params[name].reshape((-1, size)) for name, size in zip(self._names, sizes)]
-        flat = ops.concat([ops.take_rows(stack, chosen) for stack in stacks], 1)
-        arrived = self._comm.all_to_all(flat, self._group, sends, receives)
-        arrived = arrived if slot_order is None else ops.take_rows(arrived, ops.asarray(slot_order))
-        return [
-            part.reshape((arrived.shape[0], *shape)) for part, shape in zip(ops.split(arrived, sizes, 1), self._shapes)
-        ]
 
 
 def lends(plan: Plan) -> bool:

@@ -7,6 +7,8 @@ Parameters, gradients and optimizer state never move, whatever the layout. Unsha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,15 @@ from ..plan import Plan
 from ..transport.base import Exchange
 from .feed_forward import expert_rows
 from .owned import expert_name, expert_names, expert_shapes
+
+
+@dataclass(frozen=True)
+class Unsharded:
+    """slots: of this rank. started: their experts under way; stacks: the experts, here."""
+
+    slots: int
+    started: Any
+    stacks: list[Array] | None = None
 
 
 class FullySharded:
@@ -60,20 +71,28 @@ class FullySharded:
 
         return initial
 
-    def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
-        slots = np.arange(self._moe.num_experts)[None] if plan is None else plan.slots
-        return expert_rows(self._ops, self._moe, rows_ND, self._unshard(params, slots), exchange.counts_C)
+    def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Unsharded:
+        """One all-to-all of equal splits, under way."""
+        slots_RC = np.arange(self._moe.num_experts)[None] if plan is None else plan.slots
+        index = self._ops.asarray(slots_RC.reshape(-1))
+        shards = self._ops.concat([self._ops.take_rows(params[name], index) for name in self._names], 1)
+        return Unsharded(slots_RC.shape[1], self._comm.all_to_all_start(shards, self._group))
 
-    def _unshard(self, params: Mapping[str, Array], slots_RC: np.ndarray) -> list[Array]:
-        """Whole experts of this rank's slots: stacks (C, in, out); an empty slot is zero."""
-        ops, ranks, slots = self._ops, self._group.size, slots_RC.shape[1]
-        index = ops.asarray(slots_RC.reshape(-1))
-        shards = ops.concat([ops.take_rows(params[name], index) for name in self._names], 1)
-        arrived = self._comm.all_to_all(shards, self._group).reshape((ranks, slots, sum(self._shards)))
-        whole = []
+    def arrived(self, weights: Unsharded) -> Unsharded:
+        """With whole experts of this rank's slots: stacks (C, in, out); an empty slot is zero."""
+        if weights.stacks is not None:
+            return weights
+        ops, ranks, slots = self._ops, self._group.size, weights.slots
+        arrived = self._comm.all_to_all_finish(weights.started).reshape((ranks, slots, sum(self._shards)))
+        whole: list[Array] = []
         for part, shape, shard in zip(ops.split(arrived, self._shards, 2), self._shapes, self._shards):
             flat = ops.transpose(part, (1, 0, 2)).reshape((slots, ranks * shard))
             size = int(np.prod(shape))
             kept = ops.split(flat, [size, ranks * shard - size], 1)[0]
             whole.append(kept.reshape((slots, *shape)))
-        return whole
+        return replace(weights, stacks=whole)
+
+    def compute(self, weights: Unsharded, rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+        stacks = self.arrived(weights).stacks
+        assert stacks is not None
+        return expert_rows(self._ops, self._moe, rows_ND, stacks, exchange.counts_C)

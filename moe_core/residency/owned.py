@@ -35,12 +35,19 @@ class Owned:
             for name, shape, std in expert_shapes(self._moe, self._width, self._std, std_down)
         )
 
-    def compute(self, params: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
+    def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Mapping[str, Array]:
+        """All of them are here."""
+        return params
+
+    def arrived(self, weights: Mapping[str, Array]) -> Mapping[str, Array]:
+        return weights
+
+    def compute(self, weights: Mapping[str, Array], rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
         """out_ND of this rank's rows."""
         counts = exchange.counts_C
         if counts.shape[0] > len(self._experts):  # a rank with fewer experts than others has an empty last slot
             counts = self._ops.split(counts, [len(self._experts), counts.shape[0] - len(self._experts)])[0]
-        stacks = [params[name] for name in expert_names(self._moe)]
+        stacks = [weights[name] for name in expert_names(self._moe)]
         return expert_rows(self._ops, self._moe, rows_ND, stacks, counts)
 
 

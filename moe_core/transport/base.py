@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -57,4 +57,25 @@ class Transport(Protocol):
 
     def combine(self, rows_ND: Array, weights_TK: Array, exchange: Exchange) -> Array:
         """y_TD: weighted sum of each token's rows, in the order of k."""
+        ...
+
+
+@runtime_checkable
+class Overlapping(Transport, Protocol):
+    """A transport whose exchanges may be under way while other work is done. `start` and `finish` make up the whole."""
+
+    def dispatch_start(self, x_TD: Array, routing: Routing, plan: Plan) -> Any:
+        """Rows leave."""
+        ...
+
+    def dispatch_finish(self, started: Any) -> tuple[Array, Exchange]:
+        """What `dispatch` returns, once it is here."""
+        ...
+
+    def combine_start(self, rows_ND: Array, exchange: Exchange) -> Any:
+        """Results leave."""
+        ...
+
+    def combine_finish(self, started: Any, weights_TK: Array, exchange: Exchange) -> Array:
+        """What `combine` returns, once they are back."""
         ...

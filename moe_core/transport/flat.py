@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...backends.protocol import Array, Communicator, Group, Ops
@@ -38,22 +40,47 @@ class Flat:
 
     def dispatch(self, x_TD: Array, routing: Routing, plan: Plan | None) -> tuple[Array, Exchange]:
         assert plan is not None
+        rows, exchange = self._leaving(x_TD, routing, plan)
+        rows = self._comm.all_to_all(rows, self._group, exchange.send_splits, exchange.recv_splits)
+        return self._in_slots(rows, exchange), exchange
+
+    def dispatch_start(self, x_TD: Array, routing: Routing, plan: Plan) -> tuple[Any, Exchange]:
+        rows, exchange = self._leaving(x_TD, routing, plan)
+        return self._comm.all_to_all_start(rows, self._group, exchange.send_splits, exchange.recv_splits), exchange
+
+    def dispatch_finish(self, started: tuple[Any, Exchange]) -> tuple[Array, Exchange]:
+        under_way, exchange = started
+        return self._in_slots(self._comm.all_to_all_finish(under_way), exchange), exchange
+
+    def combine(self, rows_ND: Array, weights_TK: Array, exchange: Exchange) -> Array:
+        rows_ND = self._by_source(rows_ND, exchange)
+        rows_ND = self._comm.all_to_all(rows_ND, self._group, exchange.recv_splits, exchange.send_splits)
+        return self._ops.combine_rows(rows_ND, exchange.position_TK, weights_TK)
+
+    def combine_start(self, rows_ND: Array, exchange: Exchange) -> Any:
+        rows_ND = self._by_source(rows_ND, exchange)
+        return self._comm.all_to_all_start(rows_ND, self._group, exchange.recv_splits, exchange.send_splits)
+
+    def combine_finish(self, started: Any, weights_TK: Array, exchange: Exchange) -> Array:
+        rows_ND = self._comm.all_to_all_finish(started)
+        return self._ops.combine_rows(rows_ND, exchange.position_TK, weights_TK)
+
+    def _leaving(self, x_TD: Array, routing: Routing, plan: Plan) -> tuple[Array, Exchange]:
+        """(rows by destination, the exchange)."""
         ops, group, top_k = self._ops, self._group, routing.ids_TK.shape[1]
         dest_TK = device_destinations(ops, routing.ids_TK, plan, group.index)
         num_slots = plan.slots.size
         order = ops.argsort(ops.where(dest_TK >= 0, dest_TK, num_slots).reshape((-1,)))
         sent = int(plan.flow[group.index].sum())
         kept = ops.split(order, [sent, order.shape[0] - sent])[0]
-        rows = ops.take_rows(x_TD, kept // top_k)
-        exchange = self._exchange(ops.where(dest_TK >= 0, ops.invert(order).reshape(dest_TK.shape), -1), plan, x_TD)
-        rows = self._comm.all_to_all(rows, group, exchange.send_splits, exchange.recv_splits)
-        return (rows if exchange.to_slots is None else ops.take_rows(rows, exchange.to_slots)), exchange
+        position_TK = ops.where(dest_TK >= 0, ops.invert(order).reshape(dest_TK.shape), -1)
+        return ops.take_rows(x_TD, kept // top_k), self._exchange(position_TK, plan, x_TD)
 
-    def combine(self, rows_ND: Array, weights_TK: Array, exchange: Exchange) -> Array:
-        if exchange.from_slots is not None:
-            rows_ND = self._ops.take_rows(rows_ND, exchange.from_slots)
-        rows_ND = self._comm.all_to_all(rows_ND, self._group, exchange.recv_splits, exchange.send_splits)
-        return self._ops.combine_rows(rows_ND, exchange.position_TK, weights_TK)
+    def _in_slots(self, rows: Array, exchange: Exchange) -> Array:
+        return rows if exchange.to_slots is None else self._ops.take_rows(rows, exchange.to_slots)
+
+    def _by_source(self, rows_ND: Array, exchange: Exchange) -> Array:
+        return rows_ND if exchange.from_slots is None else self._ops.take_rows(rows_ND, exchange.from_slots)
 
     def _exchange(self, position_TK: Array, plan: Plan, x_TD: Array) -> Exchange:
         ops, me = self._ops, self._group.index

@@ -8,7 +8,7 @@ are padded to multiples of t.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,6 +65,7 @@ class Cut:
     received: Slices
     to_send: Array
     from_slots: Array
+    to_slots: Array
 
 
 class Groupwise:
@@ -88,29 +89,60 @@ class Groupwise:
 
     def dispatch(self, x_TD: Array, routing: Routing, plan: Plan | None) -> tuple[Array, Exchange]:
         assert plan is not None
+        rows, exchange = self._leaving(x_TD, routing, plan)
+        cut = exchange.extra
+        rows = self._comm.all_to_all(rows, self._group, cut.sent.splits, cut.received.splits)
+        return self._in_slots(rows, cut), exchange
+
+    def dispatch_start(self, x_TD: Array, routing: Routing, plan: Plan) -> tuple[Any, Exchange]:
+        rows, exchange = self._leaving(x_TD, routing, plan)
+        cut = exchange.extra
+        return self._comm.all_to_all_start(rows, self._group, cut.sent.splits, cut.received.splits), exchange
+
+    def dispatch_finish(self, started: tuple[Any, Exchange]) -> tuple[Array, Exchange]:
+        under_way, exchange = started
+        return self._in_slots(self._comm.all_to_all_finish(under_way), exchange.extra), exchange
+
+    def combine(self, rows_ND: Array, weights_TK: Array, exchange: Exchange) -> Array:
+        parts, cut = self._own_slice(rows_ND, exchange), exchange.extra
+        parts = self._comm.all_to_all(parts, self._group, cut.received.splits, cut.sent.splits)
+        return self._weighed(parts, weights_TK, exchange)
+
+    def combine_start(self, rows_ND: Array, exchange: Exchange) -> Any:
+        parts, cut = self._own_slice(rows_ND, exchange), exchange.extra
+        return self._comm.all_to_all_start(parts, self._group, cut.received.splits, cut.sent.splits)
+
+    def combine_finish(self, started: Any, weights_TK: Array, exchange: Exchange) -> Array:
+        return self._weighed(self._comm.all_to_all_finish(started), weights_TK, exchange)
+
+    def _leaving(self, x_TD: Array, routing: Routing, plan: Plan) -> tuple[Array, Exchange]:
+        """(this rank's slice of the rows by destination, the exchange)."""
         ops, me, top_k = self._ops, self._group.index, routing.ids_TK.shape[1]
         dest_TK = device_destinations(ops, routing.ids_TK, plan, me)
         order = ops.argsort(ops.where(dest_TK >= 0, dest_TK, plan.slots.size).reshape((-1,)))
         cut = self._cut(plan)
-        rows = ops.take_rows(x_TD, self._tokens_to_send(order, cut, top_k))
-        rows = self._comm.all_to_all(rows, self._group, cut.sent.splits, cut.received.splits)
-        rows = self._comm.all_gather(rows, self._tensor)
-        rows_ND = ops.take_rows(rows, ops.asarray(_arrival(plan, me, cut.received)))
         position = ops.where(dest_TK >= 0, ops.invert(order).reshape(dest_TK.shape), -1)
         counts = ops.asarray(plan.rows_per_slot(me))
-        return rows_ND, Exchange(position, counts, traffic=(self._traffic(plan, x_TD),), extra=cut)
+        inside = self._inside(cut, x_TD)
+        exchange = Exchange(position, counts, traffic=(self._traffic(plan, x_TD),), tensor_bytes=inside, extra=cut)
+        return ops.take_rows(x_TD, self._tokens_to_send(order, cut, top_k)), exchange
 
-    def combine(self, rows_ND: Array, weights_TK: Array, exchange: Exchange) -> Array:
+    def _in_slots(self, rows: Array, cut: Cut) -> Array:
+        """Arrived slices of all tensor ranks as whole rows, slot by slot."""
+        return self._ops.take_rows(self._comm.all_gather(rows, self._tensor), cut.to_slots)
+
+    def _own_slice(self, rows_ND: Array, exchange: Exchange) -> Array:
+        """This tensor rank's slice of the results, by source."""
         ops, cut = self._ops, exchange.extra
         parts = ops.take_rows(rows_ND, cut.from_slots)
         if self._replicated:
             share = sum(cut.received.splits)
-            parts = ops.split(parts, [share] * self._tensor.size)[self._tensor.index]
-        else:
-            parts = self._comm.reduce_scatter(parts, self._tensor)
-        parts = self._comm.all_to_all(parts, self._group, cut.received.splits, cut.sent.splits)
+            return ops.split(parts, [share] * self._tensor.size)[self._tensor.index]
+        return self._comm.reduce_scatter(parts, self._tensor)
+
+    def _weighed(self, parts: Array, weights_TK: Array, exchange: Exchange) -> Array:
         rows = self._comm.all_gather(parts, self._tensor)
-        return ops.combine_rows(rows, self._returned(exchange.position_TK, cut), weights_TK)
+        return self._ops.combine_rows(rows, self._returned(exchange.position_TK, exchange.extra), weights_TK)
 
     def _cut(self, plan: Plan) -> Cut:
         ops, me = self._ops, self._group.index
@@ -118,7 +150,8 @@ class Groupwise:
         arrival = _arrival(plan, me, received)
         back = np.full(sum(received.splits) * received.parts, -1, np.int64)
         back[arrival] = np.arange(len(arrival))
-        return Cut(sent, received, ops.asarray(sent.rows_of_slice(self._tensor.index)), ops.asarray(back))
+        to_send = ops.asarray(sent.rows_of_slice(self._tensor.index))
+        return Cut(sent, received, to_send, ops.asarray(back), ops.asarray(arrival))
 
     def _slices(self, flow_S: np.ndarray, plan: Plan) -> Slices:
         """What a source sends, by destination."""
@@ -141,10 +174,18 @@ class Groupwise:
         flat = ops.take_rows(ops.asarray(places), position_TK.reshape((-1,))).reshape(position_TK.shape)
         return ops.where(position_TK >= 0, flat, -1)
 
+    def _inside(self, cut: Cut, x_TD: Array) -> tuple[int, int]:
+        """Bytes of dispatch's all-gather; of combine's reduce-scatter (not where experts are whole) and all-gather."""
+        block = (self._tensor.size - 1) * self._row_bytes(x_TD)
+        arriving, leaving = sum(cut.received.splits), sum(cut.sent.splits)
+        return block * arriving, block * (leaving + (0 if self._replicated else arriving))
+
+    def _row_bytes(self, x_TD: Array) -> int:
+        return x_TD.shape[1] * BYTES[self._ops.dtype_of(x_TD)]
+
     def _traffic(self, plan: Plan, x_TD: Array) -> Traffic:
-        row_bytes = x_TD.shape[1] * BYTES[self._ops.dtype_of(x_TD)]
         rows = np.array([self._slices(flow, plan).splits for flow in plan.flow])
-        return Traffic("groupwise", rows * row_bytes)
+        return Traffic("groupwise", rows * self._row_bytes(x_TD))
 
 
 def _inverse(slices: Slices) -> np.ndarray:

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from twinmoe.moe_core.plan import SHARDS, Plan, destinations
 from twinmoe.moe_core.planners.budget import (
     LayerShape,
+    RoundRule,
     RowBudgetError,
     forecast,
     round_plan,
     split_rounds,
     weight_slots,
-    within_budget,
 )
 from twinmoe.moe_core.planners.layout import tiled_layout
 from twinmoe.moe_core.planners.least_loaded import LeastLoadedOptions, plan_least_loaded
@@ -42,17 +42,30 @@ def test_a_rank_over_its_budget_works_in_rounds_and_cuts_slots():
 def test_a_plan_within_the_budget_is_left_alone():
     plan = static(np.ones((2, 2), np.int64))
     assert split_rounds(plan, 2) is plan
-    assert within_budget(plan, None) is plan
-    assert within_budget(plan, 2, "error") is plan
+    assert RoundRule().apply(plan) is plan
+    assert RoundRule(2, "error").apply(plan) is plan
 
 
 def test_over_budget_the_error_names_rank_expert_and_remedy():
     plan = static(np.array([[0, 0, 9, 1], [0, 0, 8, 0]]))
     with pytest.raises(RowBudgetError, match=r"rank 1 would compute 18 rows, 17 of them of expert 2.*least_loaded"):
-        within_budget(plan, 10, "error")
-    assert within_budget(plan, 10).round.max() == 1
+        RoundRule(10, "error").apply(plan)
+    with pytest.raises(RowBudgetError, match=r"18 rows \(\S+ GiB with its weights\)"):
+        RoundRule(10, "error", shape=SHAPE).apply(plan)
+    assert RoundRule(10).apply(plan).rounds == 2
     with pytest.raises(ValueError, match="at least 1"):
         split_rounds(plan, 0)
+
+
+def test_overlapping_rounds_share_the_rows_of_the_busiest_rank():
+    plan = static(np.array([[3, 0, 1, 0], [4, 0, 0, 2]]))
+    split = RoundRule(chunks=3).apply(plan)
+    assert split.rounds == 3
+    assert [int(round_plan(split, n).rows_per_rank().max()) for n in range(3)] == [3, 3, 1]
+    assert RoundRule(chunks=3).apply(static(np.zeros((2, 2), np.int64))).rounds == 1
+    over = RoundRule(max_rows=5, chunks=4)
+    assert over.exceeded(plan)
+    assert over.apply(plan).rounds == 2
 
 
 @st.composite
