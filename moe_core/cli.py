@@ -166,13 +166,13 @@ Testbed = Annotated[
     str | None, typer.Option("--testbed", metavar="NODESxRANKS", help="Nodes as network namespaces, for example 2x2.")
 ]
 Rate = Annotated[str | None, typer.Option("--rate", help="Of a testbed node's link, for example 200mbit.")]
-
-
-@bench_app.command(name="comm")
 Link = Annotated[
     str | None,
     typer.Option("--link", metavar="nvlink|shared_memory|socket", help="Between the GPUs of this host."),
 ]
+
+
+@bench_app.command(name="comm")
 def bench_comm(
     with_fit: Annotated[bool, typer.Option("--fit", help="Fit alpha and beta to every level.")] = False,
     cluster: Annotated[str | None, typer.Option(metavar="NAME", help="Levels: a path or a packaged name.")] = None,
@@ -180,10 +180,10 @@ def bench_comm(
     backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
     testbed: Testbed = None,
     rate: Rate = None,
+    link: Link = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the fitted cluster file here.")] = None,
     as_json: Json = False,
 ) -> None:
-    link: Link = None,
     """Milliseconds of collectives by level and size, and the lines that fit them."""
     from . import bench_comm as module
     from .bench_job import Where
@@ -212,10 +212,10 @@ def bench_schemes(
     backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
     testbed: Testbed = None,
     rate: Rate = None,
+    link: Link = None,
     as_json: Json = False,
 ) -> None:
     """One layer, forward and backward, under every scheme on the same choices."""
-    link: Link = None,
     from . import bench_schemes_request as module
     from .bench_job import Where
 
