@@ -44,7 +44,8 @@ WARM_UP = 2
 @dataclass(frozen=True)
 class LayerRequest:
     """configs: names of SHAPES, or packaged names or paths, whose layer is taken. skew: of scripted choices (None: the
-    router's own on random tokens); plain: measure plain operations too."""
+    router's own on random tokens); plain: measure plain operations too; optimizer: time AdamW's step too, whose state
+    takes two more copies of the weights."""
 
     configs: tuple[str, ...] = tuple(SHAPES)
     tokens: int = 2048
@@ -52,6 +53,7 @@ class LayerRequest:
     skew: str | None = None
     repeats: int = 9
     plain: bool = True
+    optimizer: bool = False
 
 
 @dataclass
@@ -63,8 +65,9 @@ class Contender:
     forward: Callable[[], Any]
     loss: Callable[[], tuple[Array, Any]]
     activation_bytes: int
+    parameters: int
     peak: int | None = None
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "both": []})
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"forward": [], "both": [], "optimizer": []})
 
 
 def run(backend: Backend, request: LayerRequest) -> dict[str, Any]:
@@ -72,9 +75,9 @@ def run(backend: Backend, request: LayerRequest) -> dict[str, Any]:
 
     shape, ops (fused or plain), num_experts, top_k, hidden_size, expert_hidden_size, forward_milliseconds,
     milliseconds (forward and backward), least and most milliseconds, microseconds_per_row (of both, for each token's
-    copy), teraflops (of both, experts' products alone), activation_bytes (floating arrays that operations returned in
-    a forward pass) and peak_memory_bytes (of a device, above what the layer itself holds; None on a host, whose
-    processes keep what they once had).
+    copy), teraflops (of both, experts' products alone), optimizer_milliseconds (None unless asked), parameters,
+    activation_bytes (floating arrays that operations returned in a forward pass) and peak_memory_bytes (of a device,
+    above what the layer itself holds; None on a host, whose processes keep what they once had).
     ConfigError for an unknown config or skew.
     """
     layers = {name: load_config(SHAPES.get(name, name)) for name in request.configs}
@@ -108,7 +111,7 @@ def _contender(backend: Backend, request: LayerRequest, config: Config, kind: st
     comm = backend.comm.connect(Launch())
     runtime = make_runtime(ops, comm, Mesh(), config.parallel, config.cluster)
     component = _component(runtime, request, config)
-    options = TrainOptions(dtype=request.dtype, optimizer="sgd")
+    options = TrainOptions(dtype=request.dtype, optimizer="adamw" if request.optimizer else "sgd")
     state = backend.trainer.build([component], options, runtime.groups, comm)
     rng = np.random.default_rng(1)
     shape = (request.tokens, config.model.hidden_size)
@@ -122,7 +125,8 @@ def _contender(backend: Backend, request: LayerRequest, config: Config, kind: st
     counter.counts = True
     backend.trainer.evaluate(state, forward)
     counter.counts = False
-    return Contender(kind, state, forward, loss, counter.bytes)
+    parameters = sum(int(np.prod(p.shape)) for p in component.parameters)
+    return Contender(kind, state, forward, loss, counter.bytes, parameters)
 
 
 def _component(runtime: Runtime, request: LayerRequest, config: Config) -> Component:
@@ -153,16 +157,16 @@ def _call(backend: Backend, contender: Contender, timed: bool) -> None:
     for work in (
         lambda: trainer.evaluate(contender.state, contender.forward),
         lambda: trainer.accumulate(contender.state, contender.loss),
+        lambda: trainer.step(contender.state, 0.0),
     ):
         trainer.synchronize()
         began = time.perf_counter()
         work()
         trainer.synchronize()
         taken.append(time.perf_counter() - began)
-    trainer.step(contender.state, 0.0)
     if timed:
-        contender.seconds["forward"].append(taken[0])
-        contender.seconds["both"].append(taken[1])
+        for name, seconds in zip(contender.seconds, taken, strict=True):
+            contender.seconds[name].append(seconds)
 
 
 def _peak(backend: Backend, contender: Contender) -> int:
@@ -178,6 +182,7 @@ def _peak(backend: Backend, contender: Contender) -> int:
 def _row(request: LayerRequest, name: str, config: Config, contender: Contender) -> dict[str, Any]:
     moe, both = config.moe, [1e3 * s for s in contender.seconds["both"]]
     copies = request.tokens * moe.top_k
+    updates = 1e3 * statistics.median(contender.seconds["optimizer"])
     return {
         "shape": name,
         "ops": contender.name,
@@ -191,6 +196,8 @@ def _row(request: LayerRequest, name: str, config: Config, contender: Contender)
         "most": max(both),
         "microseconds_per_row": 1e3 * statistics.median(both) / copies,
         "teraflops": _flops(moe, config.model.hidden_size) * copies / statistics.median(both) / 1e9,
+        "optimizer_milliseconds": updates if request.optimizer else None,
+        "parameters": contender.parameters,
         "activation_bytes": contender.activation_bytes,
         "peak_memory_bytes": contender.peak,
     }

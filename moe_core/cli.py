@@ -151,13 +151,15 @@ def bench_layer(
     skew: Annotated[str | None, typer.Option(metavar="SKEW", help="Of the choices; default: the router's own.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; medians are reported.")] = 9,
     backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="Time AdamW's step too.")] = False,
     as_json: Json = False,
 ) -> None:
     """One layer on one device, forward and backward, fused operations beside plain ones."""
     from ..backends.registry import load
     from . import bench_layer as module
 
-    request = module.LayerRequest(tuple(configs or module.SHAPES), tokens, module.precision(dtype), skew, repeats)
+    names, precision = tuple(configs or module.SHAPES), module.precision(dtype)
+    request = module.LayerRequest(names, tokens, precision, skew, repeats, optimizer=optimizer)
     report = module.run(load(backend), request)
     _emit(report, as_json, lambda: print(*table_lines(report["rows"]), sep="\n"))
 
