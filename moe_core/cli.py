@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import cli_convert, packaged
+from . import cli_compare, cli_convert, packaged
 from .combinations import ConfigError
 from .launch import JobFailedError
 from .worker import REQUEST_ERRORS
@@ -44,6 +44,7 @@ bench_app = typer.Typer(help="How fast things are on this machine.", **_PLAIN)
 app.add_typer(bench_app, name="bench")
 app.add_typer(configs_app, name="configs")
 app.add_typer(data_app, name="data")
+cli_compare.register(app)
 cli_convert.register(app)
 
 
@@ -150,8 +151,8 @@ def bench_layer(
     dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Precision.")] = "float32",
     skew: Annotated[str | None, typer.Option(metavar="SKEW", help="Of the choices; default: the router's own.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; medians are reported.")] = 9,
-    backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Time AdamW's step too.")] = False,
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that train would take.")] = None,
     as_json: Json = False,
 ) -> None:
     """One layer on one device, forward and backward, fused operations beside plain ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -15,6 +15,8 @@ from .data_packing import Pool, Stream, split
 from .data_sources import Corpus, read_corpus
 
 _TRAIN, _VALIDATION, _SPLIT = 1, 2, 3
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+"""One sequence: tokens, targets, document numbers (as `Stream.sequence` gives them) and its domain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,19 +118,44 @@ class Data:
             yield stream.read(first, last)[:2]
 
     def _batch(self, pools: tuple[Pool, ...], step: int) -> GlobalBatch:
-        S, L = self.global_batch_size, self.sequence_length
-        tokens, documents, domain = np.zeros((S, L), np.int64), np.zeros((S, L), np.int64), np.zeros(S, np.int64)
-        targets, real = np.full((S, L), -1, np.int64), np.zeros((S, L), bool)
-        for s in range(S):
-            turn, pool = divmod(step * S + s, len(pools))
+        found = []
+        for s in range(self.global_batch_size):
+            turn, pool = divmod(step * self.global_batch_size + s, len(pools))
             stream, index = pools[pool].at(turn)
-            x, y, d = stream.sequence(index)
-            n = len(x)
-            tokens[s, :n], targets[s, :n], real[s, :n], domain[s] = x, y, True, stream.domain
-            if self._masks:
-                documents[s, :n], documents[s, n:] = d, d[-1] + 1
-        totals = int((targets >= 0).sum()), int(real.sum())
-        return GlobalBatch(tokens, targets, real, documents, np.arange(S), domain, *totals)
+            found.append((*stream.sequence(index), stream.domain))
+        return pack(found, self.sequence_length, self._masks)
+
+    def whole_domain(self, domain: int) -> Iterator[Packed]:
+        """Every sequence of a domain in its own order, training and validation documents alike."""
+        whole = self.corpus.domains[domain]
+        yield from _all_of(Stream(whole.tokens, whole.starts[:-1], np.diff(whole.starts), domain, self.sequence_length))
+
+    def held_out(self, domain: int) -> Iterator[Packed]:
+        """Every validation sequence of a domain once, in the order of its text."""
+        yield from _all_of(next(s for p in self._validation for s in p.streams if s.domain == domain))
+
+    def pack(self, sequences: Sequence[Packed]) -> GlobalBatch:
+        """Sequences as one batch, whose totals are theirs."""
+        return pack(sequences, self.sequence_length, self._masks)
+
+
+def _all_of(stream: Stream) -> Iterator[Packed]:
+    for index in range(stream.sequences):
+        yield (*stream.sequence(index), stream.domain)
+
+
+def pack(sequences: Sequence[Packed], length: int, masks: bool) -> GlobalBatch:
+    """Sequences of at most `length` positions, padded to it. masks: attention stays inside a document."""
+    S, L = len(sequences), length
+    tokens, documents, domain = np.zeros((S, L), np.int64), np.zeros((S, L), np.int64), np.zeros(S, np.int64)
+    targets, real = np.full((S, L), -1, np.int64), np.zeros((S, L), bool)
+    for s, (x, y, d, from_domain) in enumerate(sequences):
+        n = len(x)
+        tokens[s, :n], targets[s, :n], real[s, :n], domain[s] = x, y, True, from_domain
+        if masks:
+            documents[s, :n], documents[s, n:] = d, d[-1] + 1 if n else 0
+    totals = int((targets >= 0).sum()), int(real.sum())
+    return GlobalBatch(tokens, targets, real, documents, np.arange(S), domain, *totals)
 
 
 def open_data(data: DataConfig, train: TrainConfig) -> Data:

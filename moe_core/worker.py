@@ -96,6 +96,12 @@ def _bench_schemes(order: Order, backend: Backend, launch: Launch) -> dict[str, 
     return measure_rank(backend, launch, order.options)
 
 
+def _eval(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
+    from .evaluate import run_rank
+
+    return run_rank(backend, launch, order.options, order.run_dir)
+
+
 def _acceptance(order: Order, backend: Backend, launch: Launch) -> dict[str, Any]:
     from .acceptance_checks import run_rank
 
@@ -108,6 +114,7 @@ TASKS: Mapping[str, Callable[[Order, Backend, Launch], dict[str, Any]]] = {
     "bench_comm": _bench_comm,
     "bench_schemes": _bench_schemes,
     "acceptance": _acceptance,
+    "eval": _eval,
 }
 """What local workers can do: each returns its report, the same on every rank."""
 
