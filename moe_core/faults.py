@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,10 @@ MOST_IN_A_ROW = 20
 
 class LossError(FloatingPointError):
     """A step whose loss or gradient norm is not finite, or has exploded."""
+
+
+class NotSavedError(RuntimeError):
+    """A run that was asked to save and end, and could not save."""
 
 
 class OutOfMemoryError(RuntimeError):
@@ -171,6 +176,20 @@ def _missing(comm: Communicator, step: int, error: BaseException) -> MissingOper
         f"({first}). Set train.plain_ops=true, which does without fused experts and weighted sums, or install newer "
         "device software; a device tells late, and train.synchronous=true makes the place exact"
     )
+
+
+# --- being asked to end --------------------------------------------------------------------------
+@contextmanager
+def terminations_noted(note: Callable[..., None]) -> Iterator[None]:
+    """SIGTERM calls `note`, here in the main thread; outside nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 # --- ranks that wait -------------------------------------------------------------------------------

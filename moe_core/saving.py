@@ -174,6 +174,7 @@ class Pending:
 class Saver:
     """The checkpoints of a run, seen from one rank. Every method is called by all ranks alike.
 
+    written: the step of the last checkpoint that this run published.
     background: files are written by a thread while training goes on; the checkpoint is published once all ranks'
     threads have finished, which `status` and `settle` find out in the step's own gather.
     """
@@ -185,6 +186,7 @@ class Saver:
     background: bool = False
     warnings: list[str] = field(default_factory=list)
     pending: Pending | None = None
+    written: int | None = None
 
     def save(
         self,
@@ -247,6 +249,7 @@ class Saver:
             return None
         if self.comm.rank == 0:
             prune(self.checkpoints, self.keep_last, pending.step)
+        self.written = pending.step
         return final
 
     def _gave_up(self, pending: Pending) -> bool:

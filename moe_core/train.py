@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from .checkpoint import CHECKPOINTS, candidates
 from .combinations import ConfigError, check_ranks, check_trainable, mesh_of
 from .config import Config
 from .data import Data, GlobalBatch, open_data
-from .faults import StepGuard, at_place, errors_explained, stalls_reported
+from .faults import NotSavedError, StepGuard, at_place, errors_explained, stalls_reported, terminations_noted
 from .health import Health, gradient_norms, load_figures
 from .init_from import open_source, started_from
 from .metrics import MetricsWriter
@@ -66,8 +64,9 @@ def run(config: Config, backend: Backend, launch: Launch, run_dir: Path, resume:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         session.resumed = restore(session, saved)
-        summary = session.train()
-        comm.close()  # not after a failure: others would not come to its barrier
+        with terminations_noted(session.ask_to_stop):
+            summary = session.train()
+            comm.close()  # not after a failure: others would not come to its barrier
     return summary
 
 
@@ -173,28 +172,28 @@ class Session:
     def train(self) -> dict[str, Any]:
         """Steps until train.steps, a save request or SIGTERM (which saves and ends in order)."""
         train = self.config.train
-        previous = signal.signal(signal.SIGTERM, self._on_terminate) if _in_main_thread() else None
         writer = MetricsWriter(self.run_dir, self.step) if self.comm.rank == 0 else None
         started, tokens = time.perf_counter(), 0
         try:
             while self.step < train.steps and not self.stopping:
                 record = self.train_step()
                 tokens += int(record["tokens"])
-                record["warnings"] = self._new_warnings()
                 if train.validate_every and self.step % train.validate_every == 0 and self.step < train.steps:
                     record["validation_loss"] = self.validation_loss()
-                if writer is not None and (self.step % train.log_every == 0 or self.step == train.steps):
-                    writer.write(self.step, record)
+                if self.stopping or self.step % train.log_every == 0 or self.step == train.steps:
+                    record["warnings"] = self._new_warnings()
+                    if writer is not None:
+                        writer.write(self.step, record)
                 if self.stopping or (train.save_every and self.step % train.save_every == 0):
                     self.save()
             self.saver.finish()
+            if self.stopping and self.saver.written != self.step:
+                raise NotSavedError(*self.saver.warnings[-1:])
             seconds = time.perf_counter() - started
             return self._summary(tokens / max(seconds, 1e-9))
         finally:
             if writer is not None:
                 writer.close()
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -327,7 +326,8 @@ class Session:
             "stopped_early": self.step < self.config.train.steps,
             "skipped_steps": self.guard.skipped,
             "resumed": None if self.resumed is None else self.resumed.as_json(),
-            "warnings": [*self.told, *self._new_warnings()],
+            "late_warnings": self._new_warnings(),
+            "warnings": self.told,
         }
 
     # --- checkpoints -------------------------------------------------------------------------
@@ -371,9 +371,6 @@ class Session:
     def _peak_memory(self) -> int:
         return max(0, self.backend.trainer.peak_memory() - self.base_memory)
 
-    def _on_terminate(self, *_: object) -> None:
+    def ask_to_stop(self, *_: object) -> None:
+        """SIGTERM's handler: this rank would like to save and end."""
         self.asked_to_stop = True  # `stopping` follows on all ranks at once, from a step's gather
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -5,7 +5,8 @@ is told to start this file as its worker, and the worker wraps what it loads.
 
 at   forward, backward: inside an expert layer; save: while rank files are written; rename: files are written, the
      folder still has its temporary name; latest: it has its name, `latest` does not point to it yet
-do   kill (SIGKILL), stop (SIGSTOP), raise, sleep (for "seconds"), memory (allocate what the system does not give), nan
+do   kill (SIGKILL), stop (SIGSTOP), term (SIGTERM), raise, sleep (for "seconds"), nan, memory (allocate what the system
+     does not give)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from twinmoe.backends.registry import read_launch
 from twinmoe.moe_core import cli, launch, saving, worker
 
 HERE = "twinmoe.testing.end_to_end.faulty"
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 Fault = dict[str, Any]
 
 
@@ -54,8 +56,8 @@ class Trigger:
     def act(self) -> None:
         what = self.fault["do"]
         Path(self.fault["stamp"]).write_text(str(time.time()))
-        if what in ("kill", "stop"):
-            os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+        if what in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[what])
         elif what == "sleep":
             time.sleep(self.fault["seconds"])
         elif what == "memory":

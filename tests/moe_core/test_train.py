@@ -34,7 +34,7 @@ def asked_at(moment: str, rank: int) -> type[train.Session]:
 
         def _ask(self, now: str, step: int) -> None:
             if (now, step, self.comm.rank) == (moment, ASKED, rank):
-                self._on_terminate()
+                self.ask_to_stop()
 
     return Asked
 
