@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from twinmoe.moe_core import packaged
+from twinmoe.moe_core.compose import load_config
 from twinmoe.testing.conftest import load_or_skip
 from twinmoe.testing.processes import run_processes
 
@@ -84,3 +86,41 @@ def test_losses_are_those_of_one_process(ranks: int) -> None:
 def test_mindspore_trains_the_same_file_to_the_same_losses() -> None:
     load_or_skip("mindspore-cpu")
     np.testing.assert_allclose(losses(2, [{}], "mindspore-cpu")[0], alone(), rtol=1e-9)
+
+
+SMALL = (
+    *("model.hidden_size=32", "model.num_layers=2", "moe.expert_hidden_size=32", "train.dtype=float64"),
+    *("train.steps=10", "train.warmup_steps=2", "train.global_batch_size=8", "train.sequence_length=32"),
+    *("train.validate_every=0", "train.save_every=0", "train.validation_batches=1"),
+)
+NEEDS_MORE = {"finetune_llep"}
+"""Experiments that start from a checkpoint of somebody else's."""
+
+
+def packaged_runs() -> dict[str, dict[str, Any]]:
+    """Every packaged scheme and experiment in a small size."""
+    small = {"parallel.relayout.skip_below=0", "parallel.least_loaded.min_rows=1"}
+    schemes = {name: load_config("quickstart", [f"parallel.scheme={name}", *small, *SMALL]) for name in SCHEMES}
+    own = {"latent_hp": ("moe.head_dim=8",)}
+    experiments = {name: load_config(name, [*SMALL, *own.get(name, ())]) for name in EXPERIMENTS}
+    return {name: config.model_dump(mode="json") for name, config in (schemes | experiments).items()}
+
+
+SCHEMES = packaged.names("schemes")
+EXPERIMENTS = [name for name in packaged.names("experiments") if name not in NEEDS_MORE]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_scheme_and_experiment_file_trains_to_the_same_losses_on_mindspore() -> None:
+    load_or_skip("mindspore-cpu")
+    runs = packaged_runs()
+    found = {}
+    for backend in ("cpu", "mindspore-cpu"):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = {"configs": list(runs.values()), "folder": folder}
+            result = run_processes(4, "twinmoe.testing.end_to_end.targets:train", arguments, backend, seconds=500)
+        found[backend] = [[*s["losses"], s["validation_loss"]] for s in result["summaries"]]
+    for name, ours, theirs in zip(runs, found["cpu"], found["mindspore-cpu"], strict=True):
+        assert len(ours) == 11
+        np.testing.assert_allclose(theirs, ours, rtol=1e-9, err_msg=name)
