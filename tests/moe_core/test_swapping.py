@@ -114,6 +114,21 @@ def test_a_run_resumed_after_swaps_goes_on_with_them_and_at_another_number_of_ra
     np.testing.assert_allclose(elsewhere["losses"], whole["losses"], rtol=1e-12)
 
 
+def test_every_rank_decides_the_same_swaps(tmp_path: Path):
+    def rank(comm: Communicator) -> list[Any]:
+        session = Session.open(SWAPPED["hierarchical"], BACKEND, comm, tmp_path)
+        assert session.swapper is not None
+        decided, whole = [], session.swapper.after_step
+        session.swapper.after_step = lambda *given: decided.append(whole(*given)) or decided[-1]  # type: ignore[method-assign]
+        for _ in range(3):
+            session.train_step()
+        return [decided, [layer.planner.owned_RC.tolist() for layer in session.placed]]
+
+    first, *others = run_ranks(4, rank)
+    assert any(swap is not None for swaps in first[0] for swap in swaps)
+    assert all(other == first for other in others)
+
+
 def test_swapping_a_pair_twice_restores_every_tensor_bit_by_bit(tmp_path: Path):
     def rank(comm: Communicator) -> bool:
         session = Session.open(SWAPPED["flat"], BACKEND, comm, tmp_path)

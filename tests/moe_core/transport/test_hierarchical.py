@@ -15,6 +15,7 @@ from twinmoe.moe_core.transport.packing import digits, pack, unpack, words
 from twinmoe.testing.moe_core.transport.harness import (
     TABLE,
     WIDTH,
+    MakeTransport,
     Outcome,
     Problem,
     assert_same,
@@ -67,6 +68,17 @@ def test_h8_pre_reduced_output_is_the_naive_sum():
     plain, two = run(problem, flat), run(problem, hierarchical(TINY, 2))
     worst = max(float(np.abs(a.y - b.y).max() / np.abs(a.y).max()) for a, b in zip(plain, two, strict=True))
     assert worst < 1e-15
+
+
+@pytest.mark.parametrize("make", [flat, hierarchical(TINY, 1), hierarchical(TINY, 2)])
+def test_h8_no_permutation_of_the_owners_changes_the_output(make: MakeTransport):
+    before = run(static(list(TABLE), 8), make)
+    for seed in range(4):
+        table = np.random.default_rng(seed).permutation(8).reshape(4, 2)
+        after = run(Problem(list(TABLE), plan_static(counts_of(list(TABLE), 8), table)), make)
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_allclose(a.y, b.y, rtol=0, atol=1e-13)
+            np.testing.assert_allclose(a.grads[0], b.grads[0], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
@@ -131,19 +143,47 @@ def test_other_weights_than_those_that_rode_along_are_sent_after_them():
     assert_same(problem, plain, two)
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_any_topology_and_routing_equals_flat(data: st.DataObject):
-    chain = data.draw(st.sampled_from([(4, (1,)), (4, (1, 2)), (6, (1, 2)), (6, (1, 3)), (8, (1, 2, 4)), (8, (1, 4))]))
-    ranks, units = chain
-    num_experts = data.draw(st.integers(ranks, 2 * ranks + 1))
-    top_k = data.draw(st.integers(1, 4))
-    seed = data.draw(st.integers(0, 10**6))
-    ids = random_ids(seed, ranks, num_experts, top_k, data.draw(st.sampled_from([0, 1, 7])), drop=0.2)
-    problem = static(ids, num_experts)
-    depth = data.draw(st.integers(1, len(units)))
-    other = run(problem, hierarchical(Topology(ranks, levels(*units)), depth, data.draw(st.booleans())))
-    assert_same(problem, run(problem, flat), other)
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Problem, Topology]:
+    """Nested units of random sizes on up to 12 ranks; any owners; tokens for all, some or none of the ranks."""
+    parts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    units = [1, *np.cumprod(parts).tolist()]
+    ranks = max(2, units[-1])
+    nested = sorted({u for u in units if u < ranks and ranks % u == 0})
+    num_experts = draw(st.integers(ranks, 2 * ranks + 1))
+    seed, most = draw(st.integers(0, 10**6)), draw(st.sampled_from([0, 1, 7]))
+    ids = random_ids(seed, ranks, num_experts, draw(st.integers(1, min(4, num_experts))), most, drop=0.2)
+    rng, counts = np.random.default_rng(seed), counts_of(ids, num_experts)
+    home = slot_table(rng.permutation(owners(num_experts, ranks)), ranks)
+    kind = draw(st.sampled_from(["static", "least_loaded", "relayout"]))
+    if kind == "static":
+        plan = plan_static(counts, home)
+    elif kind == "least_loaded":
+        plan = plan_least_loaded(counts, home, LeastLoadedOptions(min_rows=1, lambda_=None))
+    else:
+        options = RelayoutOptions(slots_per_rank=-(-num_experts // ranks) + 1)
+        plan = plan_relayout(counts, candidates(counts, options)["heap"], options)
+    return Problem(ids, plan), Topology(ranks, levels(*nested))
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.data())
+def test_any_topology_routing_owners_and_planner_equals_flat_and_moves_what_it_says(
+    case: tuple[Problem, Topology], data: st.DataObject
+):
+    problem, topology = case
+    depth, deduplicate = data.draw(st.integers(1, topology.depth)), data.draw(st.booleans())
+    outcomes = run(problem, hierarchical(topology, depth, deduplicate))
+    assert_same(problem, run(problem, flat), outcomes)
+    for rank, outcome in enumerate(outcomes):
+        traffic = outcome.exchange.traffic
+        planned = sum(int(t.sent[rank].sum() + t.returned[rank].sum()) for t in traffic)
+        planned -= sum(int(t.sent[rank, rank] + t.returned[rank, rank]) for t in traffic)
+        assert planned == sum(c.bytes_sent for c in outcome.log if c.name == "all_to_all")
+        inside = [topology.bytes_by_level(t.sent) for t in traffic]
+        assert [sum(f.values()) for f in inside] == [int(t.sent.sum() - np.trace(t.sent)) for t in traffic]
+        if depth > 1:  # only the first stage leaves the units of level 1
+            assert all(f["level0"] == 0 for f in inside[1:])
 
 
 @given(values=st.integers(1, 5000), rows=st.integers(0, 5), columns=st.integers(1, 20), seed=st.integers(0, 99))
