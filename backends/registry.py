@@ -36,6 +36,7 @@ class Home:
     device: str | None = None
     device_files: tuple[str, ...] = ()
     internal: bool = False
+    torch: bool = False
 
     @property
     def remedy(self) -> str:
@@ -73,11 +74,11 @@ _NPU = ("/dev/davinci[0-9]*",)
 _GPU = ("/dev/nvidia[0-9]*", "/dev/dxg")
 
 HOMES: Mapping[str, Home] = {
-    "cpu": Home(".torch_shared.cpu"),
-    "cuda": Home("..cuda.backend", "cuda", device="an NVIDIA GPU", device_files=_GPU),
+    "cpu": Home(".torch_shared.cpu", torch=True),
+    "cuda": Home("..cuda.backend", "cuda", device="an NVIDIA GPU", device_files=_GPU, torch=True),
     "ascend": Home("..ascend.mindspore.npu", "ascend", "msrun", "an Ascend NPU and CANN", _NPU),
     "ascend-torch": Home(
-        "..ascend.torch_npu.backend", "ascend-torch", device="an Ascend NPU and CANN", device_files=_NPU
+        "..ascend.torch_npu.backend", "ascend-torch", device="an Ascend NPU and CANN", device_files=_NPU, torch=True
     ),
     "mindspore-cpu": Home("..ascend.mindspore.cpu", "ascend"),
     "reference": Home(".reference", internal=True),
@@ -235,6 +236,14 @@ def communicator_bytes(backend: str, groups: Sequence[tuple[int, ...]], settings
     return int(count(groups, {**home_environment(backend, settings), **os.environ})) if count else 0
 
 
+def model_blocks(backend: str) -> Any:
+    """The module that swaps blocks inside torch models. BackendError where the backend's framework is another."""
+    if not HOMES[backend].torch:
+        names = ", ".join(name for name, home in HOMES.items() if home.torch)
+        raise BackendError(f"models of transformers are torch's, backend {backend!r} is not; choose one of {names}")
+    return importlib.import_module(".torch_shared.blocks", __package__)
+
+
 def _automatic(decided_by: str) -> Choice:
     why_not = []
     for name in AUTO_ORDER:
@@ -280,6 +289,7 @@ __all__ = [
     "is_scheduler",
     "launcher_name",
     "load",
+    "model_blocks",
     "probe",
     "probe_all",
     "read_launch",

@@ -14,6 +14,7 @@ from importlib.metadata import version as _version
 from .combinations import ConfigError
 from .compose import load_config
 from .config import Config, MoeConfig, ParallelConfig
+from .hf_blocks import replace_moe_blocks, restore_moe_blocks
 from .interop import (
     build_moe_layer,
     clip_grad_norm,
@@ -43,5 +44,7 @@ __all__ = [
     "layer_state_dict",
     "load_config",
     "register_router",
+    "replace_moe_blocks",
+    "restore_moe_blocks",
     "sync_gradients",
 ]

@@ -70,11 +70,12 @@ class TheirSource:
 
     def local(self, parameter: Parameter) -> np.ndarray:
         pieces = parameter.pieces or (parameter.part or Piece(parameter.name, parameter.shape),)
-        parts = [_cut(self.whole(piece.name), piece) for piece in pieces]
+        parts = [cut(self.whole(piece.name), piece) for piece in pieces]
         return np.stack(parts) if parameter.pieces else parts[0]
 
 
-def _cut(whole: np.ndarray, piece: Piece) -> np.ndarray:
+def cut(whole: np.ndarray, piece: Piece) -> np.ndarray:
+    """What a piece holds of a logical tensor; flat pieces are padded with zeros at the end."""
     if piece.stop is None:
         return whole
     if piece.axis is not None:

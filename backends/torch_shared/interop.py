@@ -22,15 +22,24 @@ class TorchLayerModule(FunctionModule):
     """protocol.LayerModule: a component that knows which of its parameters belong to this rank alone."""
 
     def __init__(
-        self, component: Component, groups: Mapping[str, Group], comm: Communicator, device: torch.device
+        self,
+        component: Component,
+        groups: Mapping[str, Group],
+        comm: Communicator,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        dtype = torch.get_default_dtype()
+        dtype = dtype or torch.get_default_dtype()
         super().__init__(component, dtype, _NAMES[dtype], device)
         self._specs = {p.name: p for p in component.parameters}
         self._groups, self._comm = groups, comm
 
     def forward(self, *inputs: Any) -> Any:
         self._refuse_raw_ddp()
+        return self.run(*inputs)
+
+    def run(self, *inputs: Any) -> Any:
+        """The component's function of the parameters."""
         return super().forward(*inputs)
 
     def _refuse_raw_ddp(self) -> None:
