@@ -87,14 +87,15 @@ def verify(
     worlds: Annotated[str, typer.Option(metavar="N,...", help="Numbers of local processes.")] = "2,4",
     backend: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which backends; default: train's.")] = None,
     dtype: Annotated[str, typer.Option(metavar="float64|float32|bfloat16", help="Precision of the layer.")] = "float64",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Run twice, compare bits.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare every way of running a layer with the dense oracle, on this machine's backends and ranks."""
     from .verify_request import VerifyRequest, lines, verify
 
-    report = verify(VerifyRequest(level, worlds, tuple(backend or ()), dtype))
+    report = verify(VerifyRequest(level, worlds, tuple(backend or ()), dtype, deterministic))
     _emit(report, as_json, lambda: print(*lines(report), sep="\n"))
-    if report["failed"]:
+    if report["failed"] or report.get("differing"):
         raise typer.Exit(1)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..backends.protocol import Communicator, Component, DType, Group, Parameter, Piece, TrainOptions
+from .bits import digest_of
 from .build import LayerParts, LayerSpec, Runtime, build_layer, make_runtime
 from .config import MoeConfig, ParallelConfig
 from .layer import MoEOutput
@@ -79,12 +80,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """worst: largest relative error of any tensor; where: which. zeros_ok: structural zeros are exact."""
+    """worst: largest relative error of any tensor; where: which. zeros_ok: structural zeros are exact. digest: of the
+    bits of everything that this rank computed."""
 
     case: Case
     worst: float
     where: str
     zeros_ok: bool
+    digest: str
 
     def passed(self, tolerance: float) -> bool:
         return self.zeros_ok and self.worst <= tolerance
@@ -148,10 +151,11 @@ def check_case(case: Case, backend: Any, runtime: Runtime) -> Report:
     problem = make_problem(case, runtime.mesh.token_ranks, whole_values(case, runtime))
     expected = expected_run(case, problem)
     errors = Errors()
-    for step, want in enumerate(run_steps(case, problem, backend, runtime)):
-        errors.compare_step(want, expected[step], runtime)
+    found = run_steps(case, problem, backend, runtime)
+    for got, want in zip(found, expected, strict=True):
+        errors.compare_step(got, want, runtime)
     worst, where = errors.worst
-    return Report(case, worst, where, errors.zeros_ok)
+    return Report(case, worst, where, errors.zeros_ok, digest_of(found))
 
 
 @dataclass(frozen=True)

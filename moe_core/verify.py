@@ -16,6 +16,7 @@ import numpy as np
 
 from ..backends.protocol import Communicator, Launch
 from ..backends.registry import Backend
+from .bits import digests_of_all
 from .build import Runtime, make_runtime
 from .combinations import ConfigError, check_combinations
 from .config import ClusterConfig, Config, LevelConfig, MoeConfig, ParallelConfig
@@ -217,7 +218,10 @@ class Runtimes:
 
 
 def verify_rank(backend: Backend | Any, comm: Communicator, level: VerifyLevel, dtype: str) -> dict[str, Any]:
-    """All cases of this world on this rank; the worst over ranks is reported on every rank."""
+    """All cases of this world on this rank; the worst over ranks is reported on every rank.
+
+    bits: (case, digest of everything that all ranks computed) in the order of the cases.
+    """
     runtimes = Runtimes(backend, comm)
     cases = choose_cases(level, comm.size, dtype, comm.no_overlap is None)
     reports = [check_case(labelled.case, backend, runtimes.of(labelled.case)) for labelled in cases]
@@ -225,7 +229,9 @@ def verify_rank(backend: Backend | Any, comm: Communicator, level: VerifyLevel, 
     mine = np.array([[r.worst, float(r.zeros_ok)] for r in reports]).reshape(-1, 2)
     everyone = comm.gather_to_host(mine, world)
     worst, zeros_ok = everyone[:, :, 0].max(0), everyone[:, :, 1].min(0) > 0
-    return _summary(cases, reports, worst, zeros_ok, comm.size, dtype)
+    digests = digests_of_all([r.digest for r in reports], comm, world)
+    bits = [[r.case.name, digest] for r, digest in zip(reports, digests)]
+    return {**_summary(cases, reports, worst, zeros_ok, comm.size, dtype), "bits": bits}
 
 
 def _summary(

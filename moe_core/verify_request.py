@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..backends.registry import choose, launcher_name, probe
+from .bits import differing
 from .combinations import ConfigError
 from .launch import Job, free_port, run_job
 from .run_folder import LOGS
@@ -19,12 +20,14 @@ from .worker import Order
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """The command line of `verify`. backends empty: the one that `train` would take."""
+    """The command line of `verify`. backends empty: the one that `train` would take; deterministic: every job is run
+    once more, in new processes, and must give the same bits."""
 
     level: str = "standard"
     worlds: str = "2,4"
     backends: tuple[str, ...] = ()
     dtype: str = "float64"
+    deterministic: bool = False
 
 
 class _Silent:
@@ -39,8 +42,18 @@ def verify(request: VerifyRequest) -> dict[str, Any]:
     if request.dtype not in TOLERANCE:
         raise ConfigError(f"--dtype {request.dtype} is unknown; choose one of {', '.join(TOLERANCE)}")
     options = {"level": request.level, "dtype": request.dtype}
-    parts = [_run(backend, decided_by, ranks, options) for backend, decided_by, ranks in _jobs(request)]
-    return {**merge(parts), "backends": sorted({name for part in parts for name in part["backends"]})}
+    jobs = list(_jobs(request))
+    parts = [_run(*job, options) for job in jobs]
+    report = {**merge(parts), "backends": sorted({name for part in parts for name in part["backends"]})}
+    if request.deterministic:
+        report["differing"] = [told for job, part in zip(jobs, parts) for told in _differing(job, part, options)]
+    return report
+
+
+def _differing(job: tuple[str, str, int], first: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    backend, _, ranks = job
+    names = differing(first["bits"], _run(*job, options)["bits"])
+    return [f"{backend}, world {ranks}: {name}" for name in names]
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
@@ -50,7 +63,11 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     ]
     ranks = ", ".join(map(str, report["world_sizes"]))
     total = f"{report['passed']} of {report['cases']} cases equal the oracle on {', '.join(report['backends'])}"
-    return [*failures, f"{total}, {ranks} ranks; worst relative error {report['worst_relative_error']:.2e}"]
+    told = [*failures, f"{total}, {ranks} ranks; worst relative error {report['worst_relative_error']:.2e}"]
+    if "differing" in report:
+        told += [f"{name}: a second run gave other bits" for name in report["differing"]]
+        told.append(f"{report['cases'] - len(report['differing'])} of {report['cases']} cases gave the same bits twice")
+    return told
 
 
 def _jobs(request: VerifyRequest) -> Iterator[tuple[str, str, int]]:
