@@ -1,0 +1,130 @@
+"""How fast a device computes rows, from `bench layer` alone: lines through its measurements, scaled to other shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .combinations import ConfigError
+from .config import Config
+from .planners.budget import LayerShape
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a layer's experts on one rank: fixed + rows x per_row + experts x per_expert (launches, weights)."""
+
+    fixed: float = 0.0
+    per_row: float = 0.0
+    per_expert: float = 0.0
+
+    def seconds(self, rows: np.ndarray | float, experts: np.ndarray | float) -> Any:
+        return self.fixed + rows * self.per_row + experts * self.per_expert
+
+    def scaled(self, factor: float) -> Line:
+        """Of experts with so many times the parameters: rows and weights cost as much more."""
+        return replace(self, per_row=self.per_row * factor, per_expert=self.per_expert * factor)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """forward, backward: of one rank's experts; expert_parameters: of the experts that were measured.
+
+    per_parameter: seconds of the optimizer. note: where they come from.
+    """
+
+    forward: Line
+    backward: Line
+    expert_parameters: int
+    per_parameter: float = 0.0
+    note: str = ""
+
+    def of(self, shape: LayerShape) -> Rates:
+        """For experts of this shape, by the floating-point operations of a row."""
+        wanted = shape.matrices * shape.hidden_size * shape.expert_hidden_size
+        if wanted == self.expert_parameters:
+            return self
+        factor = wanted / self.expert_parameters
+        note = f"{self.note}, scaled {factor:.3g} times by parameters"
+        return replace(
+            self,
+            forward=self.forward.scaled(factor),
+            backward=self.backward.scaled(factor),
+            expert_parameters=wanted,
+            note=note,
+        )
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of forward and backward together, where rows are many."""
+        seconds = self.forward.per_row + self.backward.per_row
+        return 6.0 * self.expert_parameters / seconds if seconds else float("inf")
+
+
+def rates_of_teraflops(teraflops: float, shape: LayerShape, per_parameter: float = 0.0) -> Rates:
+    """Rows at a nominal speed, backward twice as long as forward. per_parameter: of the optimizer."""
+    parameters = shape.matrices * shape.hidden_size * shape.expert_hidden_size
+    row = 2.0 * parameters / (teraflops * 1e12)
+    note = f"{teraflops:g} TFLOP/s"
+    return Rates(Line(per_row=row), Line(per_row=2 * row), parameters, per_parameter, note)
+
+
+def rates_of_bench(reports: Sequence[Mapping[str, Any]], shape: LayerShape, ops: str = "fused") -> Rates:
+    """Lines through the rows of `bench layer --json` reports, of the experts nearest in size to `shape`.
+
+    A line has as many terms as the points allow: rows alone for one point, then the experts, then a fixed part.
+    ConfigError where there is no row of these operations.
+    """
+    points = [(report["tokens"], row) for report in reports for row in report["rows"] if row["ops"] == ops]
+    if not points:
+        raise ConfigError(
+            f"the reports of bench layer hold no rows of {ops} operations; run `twinmoe bench layer --json`"
+        )
+    wanted = shape.hidden_size * shape.expert_hidden_size
+    sizes = {row["hidden_size"] * row["expert_hidden_size"] for _, row in points}
+    nearest = min(sizes, key=lambda size: (abs(np.log(size / wanted)), size))
+    near = [(t, r) for t, r in points if r["hidden_size"] * r["expert_hidden_size"] == nearest]
+    rows = np.array([t * r["top_k"] for t, r in near], float)
+    experts = np.array([r["num_experts"] for _, r in near], float)
+    forward = np.array([1e-3 * r["forward_milliseconds"] for _, r in near])
+    both = np.array([1e-3 * r["milliseconds"] for _, r in near])
+    updates = [1e-3 * r["optimizer_milliseconds"] / r["parameters"] for _, r in near if r.get("optimizer_milliseconds")]
+    return Rates(
+        forward=_line(rows, experts, forward),
+        backward=_line(rows, experts, both - forward),
+        expert_parameters=shape.matrices * nearest,
+        per_parameter=float(np.median(updates)) if updates else 0.0,
+        note=f"bench layer, {len(near)} points",
+    ).of(shape)
+
+
+def _line(rows: np.ndarray, experts: np.ndarray, seconds: np.ndarray) -> Line:
+    """Non-negative least squares of relative errors."""
+    from scipy.optimize import nnls
+
+    columns = [rows, experts, np.ones_like(rows)]
+    distinct = len({*zip(rows.tolist(), experts.tolist())})
+    terms = [0] if distinct == 1 else [0, 1, 2] if len(set(experts.tolist())) > 1 else [0, 2]
+    table = np.stack([columns[i] for i in terms], 1)
+    weight = 1 / np.maximum(seconds, 1e-9)
+    scale = table.max(0)
+    solved, _ = nnls(table / scale * weight[:, None], seconds * weight)
+    found = dict(zip(terms, (solved / scale).tolist()))
+    return Line(fixed=found.get(2, 0.0), per_row=found.get(0, 0.0), per_expert=found.get(1, 0.0))
+
+
+def shape_of(config: Config, element_bytes: int) -> LayerShape:
+    """The layer of a config, as budgets and rates know it."""
+    moe = config.moe
+    width = moe.head_dim if moe.num_heads > 1 and moe.head_dim else config.model.hidden_size
+    return LayerShape(
+        num_experts=moe.num_experts,
+        hidden_size=width,
+        expert_hidden_size=moe.expert_hidden_size,
+        top_k=moe.top_k,
+        bytes_per_element=element_bytes,
+        matrices=2 if moe.activation == "gelu" else 3,
+    )
