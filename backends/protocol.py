@@ -199,8 +199,11 @@ class Communicator(Protocol):
 
     rank: int
     size: int
-    no_overlap: str | None
-    """Why no work can go on during an exchange that was started; None where it can."""
+
+    @property
+    def no_overlap(self) -> str | None:
+        """Why no work can go on during an exchange that was started; None where it can."""
+        ...
 
     def group(self, name: str, partition: Sequence[Sequence[int]]) -> Group:
         """The group of this rank in a partition of all ranks. Collective: all ranks call it alike."""
