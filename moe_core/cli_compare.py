@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(name="compare")(compare)
     app.command(name="eval")(evaluate)
+    app.command(name="report")(report)
 
 
 def compare(
@@ -74,6 +75,18 @@ def evaluate(
     request = module.EvaluateRequest(checkpoint, tuple(overrides or ()), tuple(data or ()), batches, nproc)
     report = module.run(request)
     _tell(report, as_json, module.lines(report))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
+    as_json: _JSON = False,
+) -> None:
+    """One HTML file about RUNs, side by side; it needs no network."""
+    from .report import write_report
+
+    made = write_report(runs, out)
+    _tell(made, as_json, [f"{out} shows {', '.join(map(str, runs))}; open it in a browser"])
 
 
 def _write(path: Path, text: str) -> None:

@@ -32,7 +32,7 @@ def record(step: int, seconds: float = 0.5, **changes: Any) -> dict[str, Any]:
         "tokens_per_second": 64 / seconds,
         "phases": {"data": 0.1 * seconds, "forward_backward": 0.7 * seconds, "optimizer": 0.2 * seconds},
         "peak_memory_bytes": 2**20 * (1 + step),
-        "grad_norm": 1.0 / step,
+        "grad_norm": 1.0 / (1 + step),
         "learning_rate": 1e-3,
         "expert_load": load,
         "rows_per_rank": [96 + step, 96 - step],
