@@ -133,19 +133,25 @@ def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, f
 
 
 def fitted_cluster(cluster: ClusterConfig, fits: Sequence[Fit], ranks: int) -> ClusterConfig:
-    """The cluster with the all-to-all's lines on its levels."""
-    lines = {f.level: f for f in fits if f.collective == "all_to_all"}
+    """The cluster with the lines of all collectives on its levels."""
+    lines = {(f.collective, f.level): f for f in fits}
     topology = topology_of(cluster, [list(range(ranks))])
     inner = {outer.name: inside.name for outer, inside in zip(topology.levels, topology.levels[1:])}
 
-    def fitted(level: LevelConfig) -> LevelConfig:
-        within, rails = lines.get(level.name), lines.get(f"{inner.get(level.name)} rails")
-        update: dict[str, float] = {}
+    def of(collective: str, level: LevelConfig) -> dict[str, float]:
+        within, rails = lines.get((collective, level.name)), lines.get((collective, f"{inner.get(level.name)} rails"))
+        found: dict[str, float] = {}
         if within is not None:
-            update |= {"alpha": within.alpha, "beta": within.beta}
+            found |= {"alpha": within.alpha, "beta": within.beta}
         if rails is not None:
-            update |= {"rail_alpha": rails.alpha, "rail_beta": rails.beta}
-        return level.model_copy(update=update)
+            found |= {"rail_alpha": rails.alpha, "rail_beta": rails.beta}
+        return found
+
+    def fitted(level: LevelConfig) -> LevelConfig:
+        others = [{"name": name, **of(name, level)} for name in COLLECTIVES if name != "all_to_all" and of(name, level)]
+        return LevelConfig.model_validate(
+            {**level.model_dump(), **of("all_to_all", level), "collectives": others or level.collectives}
+        )
 
     return cluster.model_copy(update={"levels": tuple(fitted(level) for level in cluster.levels)})
 
@@ -186,7 +192,7 @@ def run(request: CommRequest) -> dict[str, Any]:
         "collectives": list(request.collectives),
     }
     measured = run_task("bench_comm", options, request.where)
-    named = {"link": request.where.link} if request.where.link else {}
+    named: dict[str, Any] = {"link": request.where.link} if request.where.link else {}
     result = named | report(measured, request.with_fit or request.out is not None, ranks_of(request.where))
     if request.out is not None:
         request.out.write_text(cluster_text(result["cluster"]), encoding="utf-8")
@@ -197,5 +203,9 @@ def cluster_text(cluster: Mapping[str, Any]) -> str:
     """A cluster file that `cluster: PATH` reads."""
     import yaml
 
-    levels = [{k: v for k, v in level.items() if v is not None or k == "size"} for level in cluster["levels"]]
+    def told(section: Mapping[str, Any]) -> dict[str, Any]:
+        found = {k: v for k, v in section.items() if k == "size" or not (v is None or v is False or v in ((), []))}
+        return {**found, "collectives": [told(c) for c in found["collectives"]]} if "collectives" in found else found
+
+    levels = [told(level) for level in cluster["levels"]]
     return yaml.safe_dump({"cluster": {"name": cluster["name"], "levels": levels}}, sort_keys=False)

@@ -73,11 +73,17 @@ def predicted_seconds(stats: LayerStats, topology: Topology, tensor: Topology | 
 
 
 def _inside(sent: tuple[int, int] | None, tensor: Topology | None) -> float:
-    """An all-gather in dispatch (if anything), a reduce-scatter and an all-gather in combine."""
+    """An all-gather in dispatch, a reduce-scatter (taken for as long as the gather of its result) and an all-gather in
+    combine; or one all-reduce. Where they were not measured, like an all-to-all of what they hand out."""
     if sent is None or tensor is None or tensor.ranks == 1:
         return 0.0
-    link, whole = tensor.link(1, 1), tensor.ranks / (tensor.ranks - 1)  # a rank's own block does not travel
-    return link.seconds(sum(sent) * whole) + link.alpha * (1 + (sent[0] > 0))
+    level, others = tensor.levels[0], tensor.ranks - 1
+    gather, reduce = level.collective("all_gather"), level.collective("all_reduce")
+    if sent[0] and gather is not None:
+        return gather.seconds(sum(sent) / others) + 2 * gather.alpha
+    if not sent[0] and reduce is not None:
+        return reduce.seconds(sent[1] * tensor.ranks / (2 * others))
+    return level.within.seconds(sum(sent) * tensor.ranks / others) + level.within.alpha * (1 + (sent[0] > 0))
 
 
 def _busiest(sent_RR: np.ndarray) -> float:

@@ -213,6 +213,16 @@ class ParallelConfig(Section):
     swap: SwapConfig = SwapConfig()
 
 
+class CollectiveConfig(Section):
+    """What another collective than all_to_all takes at a level, n being the bytes that a rank hands in."""
+
+    name: Literal["all_gather", "all_reduce"]
+    alpha: float | None = Field(default=None, ge=0)
+    beta: float | None = Field(default=None, ge=0)
+    rail_alpha: float | None = Field(default=None, ge=0)
+    rail_beta: float | None = Field(default=None, ge=0)
+
+
 class LevelConfig(Section):
     """One level of a cluster: `size` ranks share one unit of it.
 
@@ -228,6 +238,7 @@ class LevelConfig(Section):
     rail_alpha: float | None = Field(default=None, ge=0)
     rail_beta: float | None = Field(default=None, ge=0)
     shared_link: bool = False
+    collectives: tuple[CollectiveConfig, ...] = ()
 
 
 class ClusterConfig(Section):
@@ -305,7 +316,7 @@ class TrainConfig(Section):
 class DataConfig(Section):
     """Where tokens come from."""
 
-    source: Literal["stdlib", "text", "memmap", "hf"] = "stdlib"
+    source: Literal["stdlib", "text", "memmap", "megatron", "hf"] = "stdlib"
     paths: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     dataset: str | None = None

@@ -32,6 +32,7 @@ class Level:
 
     within: all-to-all among all ranks of one unit. rails: among one rank of each unit of this level inside one
     unit of the level above (unused at level 0). shared: ranks of a unit one level in share its link to the others.
+    collectives: what others than all-to-all take within, where it was measured.
     """
 
     name: str
@@ -39,6 +40,11 @@ class Level:
     within: Link = Link()
     rails: Link = Link()
     shared: bool = False
+    collectives: tuple[tuple[str, Link], ...] = ()
+
+    def collective(self, name: str) -> Link | None:
+        """The line of an all_gather or all_reduce of n bytes per rank; None where nobody measured it."""
+        return dict(self.collectives).get(name)
 
 
 @dataclass(frozen=True)
@@ -121,17 +127,22 @@ def topology_of(cluster: ClusterConfig, groups: Sequence[Sequence[int]]) -> Topo
     """
     ranks = len(groups[0])
     outer = cluster.levels[-1]
-    kept = [Level(outer.name, 1, _within(outer), shared=outer.shared_link)]
+    kept = [_level(outer, 1)]
     for level in reversed(cluster.levels[:-1]):
         units = _equal_units(level, groups)
         if units is None or units % kept[-1].units or units == ranks:
             continue
         if units == kept[-1].units:  # the same runs, described by a smaller unit
-            kept[-1] = replace(kept[-1], name=level.name, within=_within(level), shared=level.shared_link)
+            kept[-1] = replace(_level(level, units), rails=kept[-1].rails)
         else:
-            kept.append(Level(level.name, units, _within(level), _rails(outer), level.shared_link))
+            kept.append(replace(_level(level, units), rails=_rails(outer)))
         outer = level
     return Topology(ranks, tuple(kept))
+
+
+def _level(level: LevelConfig, units: int) -> Level:
+    others = tuple((c.name, Link(c.alpha or 0.0, c.beta)) for c in level.collectives if c.beta is not None)
+    return Level(level.name, units, _within(level), shared=level.shared_link, collectives=others)
 
 
 def _within(level: LevelConfig) -> Link:

@@ -39,6 +39,29 @@ def test_the_fit_of_every_level_reaches_the_topology():
     assert topology.link(2, 2).beta == pytest.approx(1e-9)
 
 
+def test_lines_of_other_collectives_are_in_the_file_and_reach_the_topology(tmp_path: Path):
+    more = [{**row, "collective": "all_gather", "milliseconds": 2 * row["milliseconds"]} for row in rows()]  # type: ignore[operator]
+    made = report({"cluster": NODES.model_dump(mode="json"), "rows": rows() + more}, True, 4)
+    file = tmp_path / "mine.yaml"
+    file.write_text(cluster_text(made["cluster"]))
+    cluster = load_config({}, [f"cluster={file}"]).cluster
+    assert cluster == ClusterConfig.model_validate(made["cluster"])
+    node, whole = cluster.levels
+    assert (node.collectives[0].rail_beta, whole.collectives[0].rail_beta) == (None, pytest.approx(1e-7))
+    pair = topology_of(cluster, [[0, 1], [2, 3]])
+    line = pair.levels[0].collective("all_gather")
+    assert line is not None
+    assert (line.alpha, line.beta) == (pytest.approx(1e-3), pytest.approx(2e-9))
+    assert pair.levels[0].collective("all_reduce") is None
+
+
+def test_a_rail_that_costs_nothing_to_start_stays_so_in_the_file(tmp_path: Path):
+    level = LevelConfig(name="cluster", alpha=1e-3, beta=1e-8, rail_alpha=0.0, rail_beta=2e-8)
+    file = tmp_path / "mine.yaml"
+    file.write_text(cluster_text({"name": "mine", "levels": [level.model_dump()]}))
+    assert load_config({}, [f"cluster={file}"]).cluster.levels == (level,)
+
+
 def test_a_fitted_cluster_file_is_read_back(tmp_path: Path):
     made = report({"cluster": NODES.model_dump(mode="json"), "rows": rows()}, True, 4)
     file = tmp_path / "mine.yaml"

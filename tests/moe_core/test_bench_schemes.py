@@ -51,6 +51,11 @@ def test_bytes_inside_a_tensor_group_are_in_the_figures_and_in_the_modelled_time
     without = predicted_seconds(stats, TOPOLOGY)
     pair = Topology(2, (Level("node", 1, Link(0.1, 1e-4)),))
     assert predicted_seconds(stats, TOPOLOGY, pair) == pytest.approx(without + 3 * 0.1 + 2 * 1000 * 1e-4)
+    measured = (("all_gather", Link(0.2, 1e-3)), ("all_reduce", Link(0.3, 1e-2)))
+    pair = Topology(2, (Level("node", 1, Link(0.1, 1e-4), collectives=measured),))
+    assert predicted_seconds(stats, TOPOLOGY, pair) == pytest.approx(without + 3 * 0.2 + 1000 * 1e-3)
+    summed = replace(stats, exchange=replace(outcome.exchange, tensor_bytes=(0, 700)))
+    assert predicted_seconds(summed, TOPOLOGY, pair) == pytest.approx(without + 0.3 + 700 * 1e-2)
 
 
 def test_schemes_take_settings_and_wrong_ones_are_refused_before_a_job_starts():
