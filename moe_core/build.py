@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +42,8 @@ from .transport.hierarchical import HierarchicalDedup, Hierarchy, StageGroups, h
 class Runtime:
     """Where a layer runs: operations, collectives, and this rank's groups by name.
 
-    topology: of an expert group. stage_groups: those of hierarchical exchanges, where they are used.
+    topology: of an expert group. stage_groups: those of hierarchical exchanges, where they are used. searches: the
+    thread beside the step in which planners look for layouts.
     """
 
     ops: Ops
@@ -50,6 +52,7 @@ class Runtime:
     groups: Mapping[str, Group]
     topology: Topology | None = None
     stage_groups: StageGroups = field(default_factory=dict)
+    searches: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "layouts"))
 
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -129,7 +132,7 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
         group=group,
         num_experts=moe.num_experts,
         router=router,
-        planner=make_planner(moe, parallel, group.size, _nodes(runtime)),
+        planner=make_planner(moe, parallel, group.size, _nodes(runtime), runtime.searches),
         transport=_transport(moe, parallel, runtime, spec.width),
         residency=residency,
         shared=shared,

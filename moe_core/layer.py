@@ -30,7 +30,7 @@ class LayerStats:
 
     statistics: integer arrays by name, for `Router.update_state` once summed over micro-batches and ranks; nan_T:
     tokens whose router scores were not finite; bytes_sent: by level, what this rank sends besides the exchange;
-    ids_TK: experts that were computed, -1 = none.
+    ids_TK: experts that were computed, -1 = none; figures: what the planner tells of this call, and its rounds.
     """
 
     chosen_E: Array
@@ -41,6 +41,7 @@ class LayerStats:
     nan_T: Array | None = None
     bytes_sent: Mapping[str, float] = field(default_factory=dict)
     ids_TK: Array | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,4 +120,6 @@ class MoELayer:
         same = routing.ids_TK is routing.chosen_TK
         kept_E = chosen_E if same else self.ops.count(routing.ids_TK, self.num_experts)
         statistics = {"chosen_E": chosen_E, "kept_E": kept_E, **routing.statistics}
-        return LayerStats(chosen_E, kept_E, plan, exchange, statistics, routing.nan_T, ids_TK=routing.ids_TK)
+        figures = {} if plan is None else {"rounds": float(plan.rounds), **self.planner.figures()}
+        more = {"ids_TK": routing.ids_TK, "figures": figures}
+        return LayerStats(chosen_E, kept_E, plan, exchange, statistics, routing.nan_T, **more)

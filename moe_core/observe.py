@@ -43,6 +43,8 @@ class StepTotals:
             self.scalars["bytes/tensor"] += sum(stats.exchange.tensor_bytes)
         for level, sent in stats.bytes_sent.items():
             self.scalars[f"bytes/{level}"] += sent
+        for name, value in stats.figures.items():
+            self.scalars[f"plan/{name}"] += value
         if stats.plan is None:
             self.scalars["rows/computed"] += kept
             self.scalars["rows/local"] += kept
@@ -106,4 +108,6 @@ def load_record(summary: StepSummary) -> dict[str, object]:
     }
     record["bytes_between_nodes"] = summary.scalars.get("between_nodes", 0.0)
     record["bytes"] = {k.split("/", 1)[1]: v for k, v in summary.scalars.items() if k.startswith("bytes/")}
+    ranks = max(1, len(summary.rows_R))  # sums over layers and micro-batches, the mean of ranks
+    record["plan"] = {k.split("/", 1)[1]: v / ranks for k, v in summary.scalars.items() if k.startswith("plan/")}
     return record

@@ -44,6 +44,9 @@ class Placed:
     def load(self, state: dict[str, np.ndarray]) -> None:
         return
 
+    def figures(self) -> dict[str, float]:
+        return {}
+
 
 @dataclass(frozen=True)
 class PlacedLayer:

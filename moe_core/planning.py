@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,9 +12,10 @@ import numpy as np
 from .config import MoeConfig, ParallelConfig
 from .placement import Placed
 from .plan import Plan
+from .planners.background import BackgroundSearch
 from .planners.layout import Layout, strided_layout, tiled_layout
 from .planners.least_loaded import LeastLoadedOptions, plan_least_loaded, plan_least_loaded_sharded
-from .planners.relayout import RelayoutOptions, RelayoutState, advance, next_layout, plan_relayout, start
+from .planners.relayout import RelayoutOptions, RelayoutState, plan_relayout, start
 from .planners.static import owners, plan_static, slot_table
 
 
@@ -32,6 +34,10 @@ class Planner(Protocol):
         """Remember what `state` returned."""
         ...
 
+    def figures(self) -> dict[str, float]:
+        """What the last call is worth telling, by name."""
+        ...
+
 
 @dataclass(frozen=True)
 class Stateless:
@@ -48,41 +54,58 @@ class Stateless:
     def load(self, state: dict[str, np.ndarray]) -> None:
         return
 
+    def figures(self) -> dict[str, float]:
+        return {}
 
-@dataclass
+
 class Relayout:
-    """LAER's planner: the layout of this call was decided `lag` calls ago from the counts before it."""
+    """LAER's planner: the layout of this call was decided `lag` calls ago from the counts before it.
 
-    options: RelayoutOptions
-    memory: RelayoutState
-    owned_RC: np.ndarray | None
-    layouts_changed: int = field(default=0)
+    Searches run in `executor`, beside the step; one that is late is waited for, and `figures` tells the seconds.
+    """
+
+    def __init__(
+        self, options: RelayoutOptions, state: RelayoutState, owned_RC: np.ndarray | None, executor: Executor
+    ) -> None:
+        self._options, self._owned_RC, self._executor = options, owned_RC, executor
+        self._search = BackgroundSearch(state, options, executor)
+        self._last: Layout | None = None
+        self._figures = {"layout_wait_seconds": 0.0, "layouts_changed": 0.0}
 
     def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
-        layout = next_layout(self.memory)
-        plan = plan_relayout(counts_RE, layout, self.options, self.owned_RC)
+        layout, waited = self._search.layout()
+        changed = self._last is not None and bool((self._last.slots != layout.slots).any())
+        self._last, self._figures = layout, {"layout_wait_seconds": waited, "layouts_changed": float(changed)}
         if training:
-            self.memory = advance(self.memory, counts_RE, self.options)
-            self.layouts_changed += int((next_layout(self.memory).slots != layout.slots).any())
-        return plan
+            self._search.observe(counts_RE)
+        return plan_relayout(counts_RE, layout, self._options, self._owned_RC)
 
     def state(self) -> dict[str, np.ndarray]:
-        return self.memory.arrays()
+        """The window of counts and the layouts of the coming calls. Waits for searches."""
+        return self._search.state().arrays()
 
     def load(self, state: dict[str, np.ndarray]) -> None:
-        self.memory = RelayoutState.of_arrays(state)
+        self._search = BackgroundSearch(RelayoutState.of_arrays(state), self._options, self._executor)
+
+    def figures(self) -> dict[str, float]:
+        return self._figures
 
 
 def make_planner(
-    moe: MoeConfig, parallel: ParallelConfig, ranks: int, node_of: tuple[int, ...] | None = None
+    moe: MoeConfig,
+    parallel: ParallelConfig,
+    ranks: int,
+    node_of: tuple[int, ...] | None = None,
+    executor: Executor | None = None,
 ) -> Planner:
-    """The planner of a layer whose experts live on `ranks` ranks."""
+    """The planner of a layer whose experts live on `ranks` ranks. executor: of searches (None: its own thread)."""
     home_RC = slot_table(owners(moe.num_experts, ranks), ranks)
     sharded = parallel.residency == "fully_sharded"
     if parallel.planner == "relayout":
         options = relayout_options(parallel, slot_count(moe, parallel, ranks), node_of)
         first = tiled_layout(moe.num_experts, ranks, options.slots_per_rank)
-        return Relayout(options, start(first, moe.num_experts, options), None if sharded else home_RC)
+        memory = start(first, moe.num_experts, options)
+        return Relayout(options, memory, None if sharded else home_RC, executor or ThreadPoolExecutor(1))
     if parallel.planner == "least_loaded":
         options = least_loaded_options(parallel, node_of)
         if not sharded:
