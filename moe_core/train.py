@@ -261,7 +261,7 @@ class Session:
     def _gather(self, totals: StepTotals) -> StepSummary:
         moe = self.config.moe
         shape = (len(self.model.moe_layers), moe.num_heads * moe.num_experts)
-        names = (*SCALARS, *sorted(k for k in totals.scalars if k.startswith(("bytes/", "save/"))))
+        names = (*SCALARS, *sorted(k for k in totals.scalars if k.startswith(("bytes/", "plan/", "save/"))))
         return gather_totals(totals, self.comm, self.runtime.groups["world"], shape, names, self.asked_to_stop)
 
     def _record(
