@@ -316,11 +316,11 @@ def data_export(
     """Write CONFIG's data as token files to carry along; the batches stay the same."""
     from .compose import load_config
     from .data import open_data
-    from .data_memmap import export
+    from .data_memmap import export, new_folder
 
     merged = load_config(config, tuple(overrides or ()))
     try:
-        data = open_data(merged.data, merged.train)
+        data = open_data(merged.data, merged.train, new_folder(out))
         export(data, out)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

@@ -221,7 +221,7 @@ RULES: tuple[Rule, ...] = (
         "data.source",
         "data.paths",
         "this source reads files; name them in data.paths",
-        lambda c: c.data.source in ("text", "memmap") and not c.data.paths,
+        lambda c: c.data.source in ("text", "memmap", "megatron") and not c.data.paths,
     ),
     Rule(
         "data.source",

@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 
 from .config import DataConfig, TrainConfig
+from .data_megatron import read_megatron
 from .data_memmap import read_memmap
 from .data_packing import Pool, Stream, split
 from .data_sources import Corpus, read_corpus
@@ -158,10 +160,13 @@ def pack(sequences: Sequence[Packed], length: int, masks: bool) -> GlobalBatch:
     return GlobalBatch(tokens, targets, real, documents, np.arange(S), domain, *totals)
 
 
-def open_data(data: DataConfig, train: TrainConfig) -> Data:
-    """Read, split and pack what `data` describes. ValueError (missing or empty files, ...) says what to do."""
-    corpus = read_memmap(data) if data.source == "memmap" else read_corpus(data)
-    return Data(corpus, data, train)
+def open_data(data: DataConfig, train: TrainConfig, spool: Path | None = None) -> Data:
+    """Read, split and pack what `data` describes. ValueError (missing or empty files, ...) says what to do.
+
+    spool: a folder for tokens that are made here, instead of memory.
+    """
+    mapped = {"memmap": read_memmap, "megatron": read_megatron}.get(data.source)
+    return Data(read_corpus(data, spool) if mapped is None else mapped(data), data, train)
 
 
 def content_hash(corpus: Corpus, config: DataConfig) -> str:

@@ -15,11 +15,13 @@ import numpy as np
 
 from .config import DataConfig
 from .data_packing import Domain
-from .data_sources import Corpus
+from .data_sources import Corpus, token_file
 
 if TYPE_CHECKING:
     from .data import Data
 
+_CHUNK = 1 << 22
+HEADER = "header.json"
 FORMAT = "twinmoe-tokens-1"
 TRUSTED_SIZE = 1 << 28
 """Token files above this many bytes are not read through at start: their recorded digest is believed."""
@@ -31,17 +33,18 @@ def export(data: Data, directory: str | Path) -> Path:
     With the rest of the configuration unchanged, batches and hash are the same. ValueError if the folder
     holds an export already.
     """
-    folder = Path(directory)
-    header = folder / "header.json"
-    if header.exists():
-        raise ValueError(f"{folder} holds an exported data set already; choose another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(directory)
+    header = folder / HEADER
     corpus = data.corpus
     domains = []
     for number, domain in enumerate(corpus.domains):
-        tokens, documents = f"tokens_{number}.bin", f"documents_{number}.bin"
+        tokens, documents = token_file(number), f"documents_{number}.bin"
         dtype = "uint16" if corpus.vocab_size <= 1 << 16 else "uint32"
-        domain.tokens.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(folder / tokens)
+        if not _is_there(domain, folder / tokens, dtype):
+            with (folder / tokens).open("wb") as file:
+                for first in range(0, len(domain.tokens), _CHUNK):
+                    part = domain.tokens[first : first + _CHUNK]
+                    part.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
         domain.starts.astype("<i8", copy=False).tofile(folder / documents)
         digest = corpus.digests[number] if corpus.digests else domain.digest()
         entry = {"name": domain.name, "tokens": tokens, "documents": documents, "dtype": dtype, "digest": digest}
@@ -51,12 +54,28 @@ def export(data: Data, directory: str | Path) -> Path:
     return header
 
 
+def new_folder(directory: str | Path) -> Path:
+    """The folder, made if need be. ValueError if it holds an export already."""
+    folder = Path(directory)
+    if (folder / HEADER).exists():
+        raise ValueError(f"{folder} holds an exported data set already; choose another folder or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _is_there(domain: Domain, file: Path, dtype: str) -> bool:
+    """Whether the tokens were written to that very file when they were read."""
+    tokens = domain.tokens
+    mapped = isinstance(tokens, np.memmap) and tokens.filename is not None and Path(tokens.filename) == file.absolute()
+    return mapped and isinstance(tokens, np.ndarray) and tokens.dtype == np.dtype(dtype).newbyteorder("<")
+
+
 def read_memmap(config: DataConfig, trusted_size: int = TRUSTED_SIZE) -> Corpus:
     """Map the exported folder that `data.paths` names. ValueError when files are missing, cut short or changed."""
     if len(config.paths) != 1:
         raise ValueError("data.source=memmap needs data.paths with one exported folder; run: twinmoe data export")
     folder = Path(config.paths[0])
-    header = folder / "header.json"
+    header = folder / HEADER
     if not header.is_file():
         raise ValueError(f"data.paths: {folder} holds no header.json; make the folder with: twinmoe data export")
     try:

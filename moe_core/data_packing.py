@@ -8,8 +8,12 @@ exactly once, the closing boundary included, and no target crosses into another 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,23 +22,48 @@ Pieces = tuple[np.ndarray, np.ndarray]
 """(starts, sizes) of ranges of positions."""
 
 
+class TokenArray(Protocol):
+    """A one-dimensional array of tokens, in memory, mapped, or put together where it is read."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A slice, or the elements that integers name."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Domain:
     """Documents of one kind. tokens (N + 1,): X as above; starts (D + 1,): where documents begin, then N."""
 
     name: str
-    tokens: np.ndarray
+    tokens: np.ndarray | TokenArray
     starts: np.ndarray
 
     @classmethod
     def from_documents(cls, name: str, documents: list[np.ndarray], boundary: int) -> Domain:
         """Join documents (integer arrays); empty ones are left out."""
-        kept = [d for d in documents if len(d)]
-        dtype = np.uint16 if boundary < 1 << 16 else np.uint32
-        mark = np.array([boundary], dtype)
-        parts = [p for d in kept for p in (mark, d.astype(dtype, copy=False))]
-        starts = np.cumsum([0] + [len(d) + 1 for d in kept], dtype=np.int64)
-        return cls(name, np.concatenate([*parts, mark]), starts)
+        return cls.from_batches(name, [documents], boundary)
+
+    @classmethod
+    def from_batches(
+        cls, name: str, batches: Iterable[list[np.ndarray]], boundary: int, file: Path | None = None
+    ) -> Domain:
+        """Join documents that come in batches; file: where tokens go, to be mapped, instead of into memory."""
+        dtype = np.dtype("<u2" if boundary < 1 << 16 else "<u4")
+        mark, parts, sizes = np.array([boundary], dtype), [], []
+        with nullcontext() if file is None else file.open("wb") as out:
+            for batch in batches:
+                kept = [d for d in batch if len(d)]
+                sizes += [len(d) + 1 for d in kept]
+                joined = np.concatenate([mark[:0], *(p for d in kept for p in (mark, d.astype(dtype, copy=False)))])
+                parts.append(joined) if out is None else joined.tofile(out)
+            parts.append(mark) if out is None else mark.tofile(out)
+        tokens = np.concatenate(parts) if file is None else np.memmap(file, dtype, "r")
+        return cls(name, tokens, np.cumsum([0, *sizes], dtype=np.int64))
 
     def digest(self) -> str:
         """SHA-256 (hex) of tokens and boundaries, whatever their width in memory."""
@@ -51,7 +80,7 @@ class Stream:
     starts, sizes (P,): pieces as ranges of positions in the domain's X.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | TokenArray
     starts: np.ndarray
     sizes: np.ndarray
     domain: int

@@ -6,7 +6,7 @@ import glob
 import importlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from .config import DataConfig
 from .data_packing import Domain
 
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+BATCH_BYTES = 1 << 22
+"""Text that is tokenized at a time."""
+
 _NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 
 
@@ -60,17 +63,41 @@ def open_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(encode, ids[0] if ids else size, size if ids else size + 1)
 
 
-def read_corpus(config: DataConfig) -> Corpus:
-    """Read and tokenize what `data.source` names (all but `memmap`). ValueError says what to change."""
+def read_corpus(config: DataConfig, spool: Path | None = None) -> Corpus:
+    """Read and tokenize what `data.source` names (all but `memmap` and `megatron`), some documents at a time.
+
+    spool: folder for the tokens, which are mapped then; without it they are held in memory. ValueError says what to
+    change.
+    """
     tokenizer = open_tokenizer(config.tokenizer)
     readers = {"stdlib": _stdlib, "text": _text, "hf": _hf}
     domains = []
-    for name, documents in readers[config.source](config):
-        domains.append(Domain.from_documents(name, tokenizer.encode(list(documents)), tokenizer.boundary))
+    for number, (name, documents) in enumerate(readers[config.source](config)):
+        batches = (tokenizer.encode(batch) for batch in _in_batches(documents))
+        file = None if spool is None else spool / token_file(number)
+        domains.append(Domain.from_batches(name, batches, tokenizer.boundary, file))
     return Corpus(tuple(domains), tokenizer.boundary, tokenizer.vocab_size)
 
 
-def _stdlib(config: DataConfig) -> Iterable[tuple[str, list[bytes]]]:
+def token_file(number: int) -> str:
+    """Name of a domain's token file."""
+    return f"tokens_{number}.bin"
+
+
+def _in_batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Documents in lists of about BATCH_BYTES."""
+    batch: list[bytes] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _stdlib(config: DataConfig) -> Iterable[tuple[str, Iterable[bytes]]]:
     """Sources that do not depend on the machine (no build settings), by path; then the help topics by name."""
     if config.paths:
         raise ValueError("data.paths is not used by data.source=stdlib; set data.source=text to train on your files")
@@ -86,16 +113,16 @@ def _stdlib(config: DataConfig) -> Iterable[tuple[str, list[bytes]]]:
         topics = {}
     if not files or not topics:
         raise ValueError("this Python has no library sources or help topics; set data.source=text and data.paths")
-    yield "sources", [f.read_bytes() for f in files]
-    yield "topics", [topics[t].encode() for t in sorted(topics)]
+    yield "sources", (f.read_bytes() for f in files)
+    yield "topics", (topics[t].encode() for t in sorted(topics))
 
 
-def _text(config: DataConfig) -> Iterable[tuple[str, list[bytes]]]:
+def _text(config: DataConfig) -> Iterable[tuple[str, Iterable[bytes]]]:
     """Each path or pattern is a domain, each file a document, in the order of their names."""
     if not config.paths:
         raise ValueError("data.source=text needs data.paths: one or more files or patterns such as 'books/*.txt'")
     for path in config.paths:
-        yield path, [_read(f) for f in matching_files(path)]
+        yield path, (_read(f) for f in matching_files(path))
 
 
 def _read(file: str) -> bytes:
@@ -114,8 +141,11 @@ def matching_files(path: str) -> list[str]:
     return sorted(files)
 
 
-def _hf(config: DataConfig) -> Iterable[tuple[str, list[bytes]]]:
-    """Rows of a data set, each a document: a saved folder, files (each path a domain) or a name on the hub."""
+def _hf(config: DataConfig) -> Iterable[tuple[str, Iterable[bytes]]]:
+    """Rows of a data set, each a document: a saved folder, files (each path a domain) or a name on the hub.
+
+    Files are streamed: neither all of their text nor a copy in a cache is kept.
+    """
     try:
         sets = _load_sets(config)
     except (OSError, RuntimeError) as error:
@@ -124,11 +154,13 @@ def _hf(config: DataConfig) -> Iterable[tuple[str, list[bytes]]]:
             f"data.source=hf cannot load {wanted!r}: {error}; check the name, the split and the network"
         ) from error
     for name, rows in sets.items():
-        if config.text_field not in rows.column_names:
+        columns = rows.column_names or list(next(iter(rows), {}))
+        if config.text_field not in columns:
             raise ValueError(
-                f"data.text_field={config.text_field!r} is not a column of {name!r}; choose one of {rows.column_names}"
+                f"data.text_field={config.text_field!r} is not a column of {name!r}; choose one of {columns}"
             )
-        yield name, [(text or "").encode() for text in rows[config.text_field]]
+        texts = rows.select_columns([config.text_field])
+        yield name, ((row[config.text_field] or "").encode() for row in texts)
 
 
 def _load_sets(config: DataConfig) -> dict[str, Any]:
@@ -149,7 +181,7 @@ def _load_files(library: Any, path: str) -> Any:
     )
     if kind is None:
         raise ValueError(f"data.paths: {files[0]!r} is no json, jsonl, csv, parquet or txt file; convert it first")
-    return library.load_dataset(kind, data_files=files, split="train")
+    return library.load_dataset(kind, data_files=files, split="train", streaming=True)
 
 
 def _extra(name: str, wanted_by: str) -> Any:
