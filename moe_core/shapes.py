@@ -46,16 +46,18 @@ class Memory:
 class Traffic:
     """Bytes that a rank sends in one optimizer step, with even routing and ring reductions.
 
-    weights: sharded experts that are gathered for each call, and their gradients on the way back.
+    weights: sharded experts that are gathered for each call, and their gradients on the way back. tensor: sums,
+    gathers and scatters inside tensor groups.
     """
 
     dispatch_and_combine: int
     gradients: int
     weights: int = 0
+    tensor: int = 0
 
     @property
     def total(self) -> int:
-        return self.dispatch_and_combine + self.gradients + self.weights
+        return self.dispatch_and_combine + self.gradients + self.weights + self.tensor
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Shapes:
             f"{_large(memory.activations)}B"
             + (f", communicators {_large(memory.communicators)}B" if memory.communicators else ""),
             f"sent per rank and step {_large(sent.total)}B: dispatch and combine {_large(sent.dispatch_and_combine)}B, "
-            f"gradients {_large(sent.gradients)}B, weights {_large(sent.weights)}B",
+            f"gradients {_large(sent.gradients)}B, weights {_large(sent.weights)}B"
+            + (f", inside tensor groups {_large(sent.tensor)}B" if sent.tensor else ""),
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -193,12 +196,29 @@ def _traffic(config: Config, mesh: Mesh) -> Traffic:
     away, to_heads = (mesh.expert - 1) / mesh.expert, (mesh.head - 1) / mesh.head
     exchanges = 6 if config.train.recompute == "layer" else 4
     row = _routed_width(config) * _BYTES[config.train.dtype]
-    sent = moe_layers(config) * tokens * exchanges * row * (config.moe.top_k * away + to_heads)
+    slices = mesh.tensor if config.parallel.transport == "groupwise" and mesh.expert > 1 else 1
+    sent = moe_layers(config) * tokens * exchanges * row * (config.moe.top_k * away / slices + to_heads)
     reduced = 0.0
     for parameter in declared(config, mesh):
         ranks = prod(getattr(mesh, axis) for axis in GROUPS[parameter.reduce_over])
         reduced += 2 * (ranks - 1) / ranks * _size(parameter) * max(4, _BYTES[config.train.dtype])
-    return Traffic(round(sent), round(reduced), round(_weights_sent(config, mesh) * away))
+    inside = _inside_tensor_groups(config, mesh, tokens)
+    return Traffic(round(sent), round(reduced), round(_weights_sent(config, mesh) * away), round(inside))
+
+
+def _inside_tensor_groups(config: Config, mesh: Mesh, tokens: int) -> float:
+    """A sum of all tokens after attention and after each dense, shared or summed feed-forward; a group-wise exchange
+    gathers, scatters and gathers the rows of all choices instead. Backward sends the same again, a layer that is
+    computed again once more.
+    """
+    moe, layers = config.moe, moe_layers(config)
+    token = config.model.hidden_size * _BYTES[config.train.dtype]
+    shared = layers if moe.num_shared_experts else 0
+    groupwise = config.parallel.transport == "groupwise" and mesh.expert > 1
+    sums = config.model.num_layers + config.model.num_dense_layers + shared + (0 if groupwise else layers)
+    handed = 2 * sums + (3 * layers * moe.top_k if groupwise else 0)
+    ways = 3 if config.train.recompute == "layer" else 2
+    return ways * tokens * token * handed * (mesh.tensor - 1) / mesh.tensor
 
 
 def _weights_sent(config: Config, mesh: Mesh) -> float:

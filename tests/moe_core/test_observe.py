@@ -10,6 +10,7 @@ import pytest
 from twinmoe.backends import reference
 from twinmoe.backends.reference.comm import Communicator, run_ranks
 from twinmoe.moe_core.config import Config
+from twinmoe.moe_core.shapes import shapes
 from twinmoe.moe_core.train import Session
 
 BACKEND: Any = SimpleNamespace(
@@ -51,6 +52,26 @@ def test_bytes_of_a_step_are_those_of_its_forward_collectives(tensor: int, tmp_p
         assert record["bytes_between_nodes"] == record["bytes"][level]
     else:
         assert 0 < record["bytes_between_nodes"] < record["bytes"][level]
+
+
+@pytest.mark.parametrize("transport", ["flat", "groupwise"])
+def test_the_dry_run_says_what_a_step_sends_inside_tensor_groups_and_between_them(transport: str, tmp_path: Path):
+    """Every token visits every expert, so that routing is even. Eight bytes are the clipped norm's sum of squares."""
+    model = {"hidden_size": 8, "num_layers": 3, "num_dense_layers": 1, "num_attention_heads": 2}
+    moe = {"num_experts": 4, "top_k": 4, "expert_hidden_size": 4, "num_shared_experts": 1}
+    setting = config(transport=transport, tensor_parallel_size=2)
+    setting = Config.model_validate({**setting.model_dump(), "model": model, "moe": moe})
+
+    def rank(comm: Communicator) -> tuple[int, int]:
+        session = Session.open(setting, BACKEND, comm, tmp_path)
+        start = len(comm.log)
+        session.train_step()
+        moved = [c for c in comm.log[start:] if c.name in ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")]
+        inside = sum(c.bytes_sent for c in moved if c.group == "tensor")
+        return inside - 8, sum(c.bytes_sent for c in moved if c.name == "all_to_all")
+
+    expected = shapes(setting, 4).bytes_per_step
+    assert run_ranks(4, rank) == [(expected.tensor, expected.dispatch_and_combine)] * 4
 
 
 def test_on_one_node_nothing_crosses(tmp_path: Path):
