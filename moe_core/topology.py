@@ -103,15 +103,13 @@ class Topology:
 
     def bytes_by_level(self, sent_RR: np.ndarray) -> dict[str, int]:
         """Bytes between different ranks by the name of the smallest unit that holds both."""
-        rank = np.arange(self.ranks)
-        left = np.where(rank[:, None] == rank, 0, sent_RR)
-        found: dict[str, int] = {}
-        for index in range(self.depth - 1, -1, -1):
-            unit = self.unit_of(index)
-            inside = unit[:, None] == unit
-            found[self.levels[index].name] = int(left[inside].sum())
-            left = np.where(inside, 0, left)
-        return found
+        inside = [int(np.einsum("iaib->", _blocks(sent_RR, units))) for units in (*self.units, self.ranks)]
+        return {self.levels[i].name: inside[i] - inside[i + 1] for i in range(self.depth - 1, -1, -1)}
+
+
+def _blocks(x_RR: np.ndarray, units: int) -> np.ndarray:
+    size = len(x_RR) // units
+    return x_RR.reshape(units, size, units, size)
 
 
 def flat_topology(ranks: int) -> Topology:

@@ -16,11 +16,11 @@ def owners(num_experts: int, ranks: int) -> np.ndarray:
 
 def slot_table(owner_E: np.ndarray, ranks: int) -> np.ndarray:
     """(R, C) experts of each rank in ascending order, padded with -1."""
-    width = max(1, int(np.bincount(owner_E, minlength=ranks).max(initial=0)))
-    table = np.full((ranks, width), -1, np.int64)
-    for r in range(ranks):
-        mine = np.flatnonzero(owner_E == r)
-        table[r, : len(mine)] = mine
+    sizes_R = np.bincount(owner_E, minlength=ranks)
+    table = np.full((ranks, max(1, int(sizes_R.max(initial=0)))), -1, np.int64)
+    by_rank = np.argsort(owner_E, kind="stable")
+    rank = owner_E[by_rank]
+    table[rank, np.arange(len(rank)) - (np.cumsum(sizes_R) - sizes_R)[rank]] = by_rank
     return table
 
 
