@@ -201,15 +201,14 @@ class Passes:
 def passes(moved: Sequence[Traffic], topology: Topology, weights_apart: bool = False) -> Passes:
     """Of a dispatch that moves this. Ids, and weights of another dtype than rows, are collectives of their own."""
     depth = len(moved)
-    out = back = gradient = 0.0
+    out = back = ids = 0.0
     for number, t in enumerate(moved, 1):
         link = topology.link(number, depth)
-        apart = 0.0 if t.rows is None else link.alpha * (1 + weights_apart)
-        out += all_to_all_seconds(t.sent, topology, number, depth) + apart
-        back += all_to_all_seconds(t.returned, topology, number, depth)
-        gradient += all_to_all_seconds(t.sent.T, topology, number, depth) + apart * weights_apart
-    forth = sum(all_to_all_seconds(t.returned.T, topology, n, depth) for n, t in enumerate(moved, 1))
-    return Passes(out, back, forth, gradient)
+        one_way = all_to_all_seconds(t.sent, topology, number, depth)
+        out += one_way
+        back += one_way if t.rows is None else all_to_all_seconds(t.rows, topology, number, depth)
+        ids += 0.0 if t.rows is None else link.alpha
+    return Passes(out + ids * (1 + weights_apart), back, back, out + ids * weights_apart)
 
 
 def tensor_bytes(moved: Sequence[Traffic], parts: int) -> float:

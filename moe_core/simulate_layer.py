@@ -253,9 +253,11 @@ def _held(plan: Plan, shape: LayerShape) -> int:
 
 def _bytes_per_level(moved: tuple[Traffic, ...], topology: Topology, lent_RR: np.ndarray) -> dict[str, int]:
     found = dict.fromkeys((level.name for level in topology.levels), 0)
-    for matrix in [m for t in moved for m in (t.sent, t.returned)]:
+    for matrix in [t.sent if t.rows is None else t.sent + t.rows for t in moved]:
         for level, sent in topology.bytes_by_level(matrix).items():
             found[level] += sent
+    if all(t.rows is None for t in moved):
+        found = {level: 2 * sent for level, sent in found.items()}
     if lent_RR.any():
         found["weights"] = int(lent_RR.sum() - np.trace(lent_RR))
     return found
