@@ -281,7 +281,8 @@ class TrainConfig(Section):
     """The loop.
 
     plain_ops: no fused experts and weighted sums, for devices that lack a kernel; synchronous: wait for the device
-    after every layer, so that an error appears where it is caused. Both are slow.
+    after every layer, so that an error appears where it is caused. Both are slow. trace_every: steps between those
+    whose choices are recorded (0: none).
     """
 
     steps: int = Field(default=100, gt=0)
@@ -307,7 +308,9 @@ class TrainConfig(Section):
     on_nan: Literal["stop", "skip"] = "stop"
     explode_factor: float | None = Field(default=None, gt=1)
     health_every: int = Field(default=50, ge=0)
+    trace_every: int = Field(default=0, ge=0)
     log_every: int = Field(default=1, gt=0)
+    trackers: tuple[str, ...] = ("tensorboard",)
     timeout_s: float = Field(default=120.0, gt=0)
     plain_ops: bool = False
     synchronous: bool = False

@@ -1,46 +1,55 @@
-"""What every step says about itself, written by rank 0 as a JSON line and to TensorBoard."""
+"""What every step says about itself, written by rank 0 as a JSON line and to the run's trackers."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .trackers import Tracker
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends records to a run folder's metrics.jsonl and tensorboard/. Only rank 0 makes one.
+    """Appends records to a run folder's metrics.jsonl and hands single numbers to trackers. Only rank 0 makes one.
 
     done: steps done before. Records past them, from a run that went further than its last checkpoint, go;
-    with 0 the run starts anew.
+    with 0 the run starts anew. A tracker that fails is left out from then on, with its traceback in the rank's log.
     """
 
-    def __init__(self, run_dir: Path, done: int = 0) -> None:
-        from tensorboard.summary import Writer  # costs 0.2 s, which only rank 0 of a run should pay
-
+    def __init__(self, run_dir: Path, done: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         kept = [record for record in read_metrics(run_dir) if record["step"] <= done]
         self._lines = (run_dir / METRICS).open("w", encoding="utf-8")
         self._lines.writelines(json.dumps(record) + "\n" for record in kept)
         self._lines.flush()
-        self._board = Writer(str(run_dir / "tensorboard"))
+        self._trackers = list(trackers)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """One line, flushed, so that whoever follows the file sees whole steps.
 
         record: numbers, lists of numbers and mappings of those. Numbers that are not finite are written as
-        text, so that every line is JSON; TensorBoard gets single numbers, "a/b" for the key b of a mapping a.
+        text, so that every line is JSON; trackers get single numbers, "a/b" for the key b of a mapping a.
         """
         self._lines.write(json.dumps(_finite({"step": step, **record})) + "\n")
         self._lines.flush()
-        for tag, value in _scalars(record):
-            self._board.add_scalar(tag, value, step)
+        scalars = dict(_scalars(record))
+        self._tell(lambda tracker: tracker.write(step, scalars))
 
     def close(self) -> None:
         self._lines.close()
-        self._board.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception:
+                self._trackers.remove(tracker)
+                traceback.print_exc()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

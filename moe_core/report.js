@@ -65,10 +65,6 @@
     runs.forEach((run, i) => {
       if (!known(run.curves.loss)) return;
       data.push(line(i, run.x[over], run.curves.loss, { mode: "lines", opacity: 0.9 }));
-      const last = run.curves.loss.length - 1;
-      if (runs.length > 1 && runs.length <= 4)
-        data.push({ type: "scatter", mode: "text", x: [run.x[over][last]], y: [run.curves.loss[last]], text: [run.label],
-          textposition: "top left", textfont: { color: colour(i), size: 11 }, hoverinfo: "skip" });
     });
     return data.length ? { data, layout: Object.assign(axes("loss per token (nats)"), { height: 320 }) }
       : "No step was recorded yet.";

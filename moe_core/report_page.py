@@ -133,7 +133,11 @@ def _curves() -> str:
         '<h2>Learning</h2><div class="tools"><label>over <select id="over"><option value="steps">steps</option>'
         '<option value="tokens">tokens</option><option value="seconds">seconds</option></select></label></div>'
         '<div class="grid">'
-        + _figure("loss", "Loss", "Cross-entropy of each training step.")
+        + _figure(
+            "loss",
+            "Loss",
+            "Cross-entropy of each training step. Where curves agree, one is drawn in dashes over the other.",
+        )
         + _figure("validation", "Validation loss", "Held-out text; a bigram model of the same training text beside it.")
         + _figure("norm", "Gradient norm", "Before clipping, over all ranks.")
         + _figure("dead", "Experts without a row", "In all layers together, in that step.")

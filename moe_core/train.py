@@ -37,6 +37,8 @@ from .saving import Saver
 from .shared_folder import check_shared
 from .swapping import Swapper, swapper_of
 from .topology import cluster_of_launch, node_of_ranks
+from .trace_record import TraceRecorder, recorder_of
+from .trackers import open_trackers
 
 LOSSES = ("loss/load_balance", "loss/z", "loss/locality", "loss/entropy")
 SCALARS = (
@@ -119,6 +121,7 @@ class Session:
     asked_to_stop: bool = False
     stopping: bool = False
     swapper: Swapper | None = None
+    recorder: TraceRecorder | None = None
     resumed: Resumed | None = None
     modules: dict[str, Any] = field(init=False)
     warnings: list[str] = field(default_factory=list)
@@ -166,13 +169,14 @@ class Session:
         guard = StepGuard(train.on_nan, train.explode_factor)
         health = Health(model.moe_layers, train.health_every)
         own = (routers, arrangement, watch, data, run_dir, base, saver, guard, health)
-        return cls(config, backend, comm, runtime, model, state, *own, swapper=swapper)
+        recorder = recorder_of(config, runtime, run_dir)
+        return cls(config, backend, comm, runtime, model, state, *own, swapper=swapper, recorder=recorder)
 
     # --- the loop ----------------------------------------------------------------------------
     def train(self) -> dict[str, Any]:
         """Steps until train.steps, a save request or SIGTERM (which saves and ends in order)."""
         train = self.config.train
-        writer = MetricsWriter(self.run_dir, self.step) if self.comm.rank == 0 else None
+        writer = self._writer() if self.comm.rank == 0 else None
         started, tokens = time.perf_counter(), 0
         try:
             while self.step < train.steps and not self.stopping:
@@ -214,6 +218,8 @@ class Session:
                 totals.scalars["nan_tokens"] += self.watch.add(self.backend.ops, output.stats)
                 if self.swapper is not None and self.swapper.wants(self.step):
                     self.swapper.observe(output.stats)
+                if self.recorder is not None and self.recorder.wants(self.step):
+                    self.recorder.add(output.stats)
         with phases("reduce"):
             trainer.reduce_gradients(self.state)
             parts = self._gradient_norms() if self.health.wants_norms(self.step) else {}
@@ -228,6 +234,9 @@ class Session:
         if self.swapper is not None:
             with phases("swap"):
                 self.swapper.after_step(trainer, self.state)
+        if self.recorder is not None:
+            with phases("trace"):
+                self.recorder.end_step(self.step)
         self.stopping = summary.flags > 0
         self.step += 1
         record = self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
@@ -339,6 +348,10 @@ class Session:
         return self.saver.save(self.step, manifest_of(self), self.parameters, self.runtime.groups, contents)
 
     # --- small things ------------------------------------------------------------------------
+    def _writer(self) -> MetricsWriter:
+        about = self.config.model_dump(mode="json")
+        return MetricsWriter(self.run_dir, self.step, open_trackers(self.config.train.trackers, self.run_dir, about))
+
     @property
     def placed(self) -> list[PlacedLayer]:
         return placed_layers(self.model.layers, self.model.parameters) if self.swapper is not None else []

@@ -16,6 +16,7 @@ from .config import Config
 from .launch import Job, free_port, run_job
 from .progress import RunView
 from .run_folder import CONFIG, SUMMARY, default_run_dir, open_run_folder
+from .trackers import check_trackers
 from .worker import Order, train_rank
 
 AUTO = "auto"
@@ -71,6 +72,7 @@ def resolve(request: TrainRequest) -> Resolved:
     """Check everything that can be checked before a process is started, and settle the run folder."""
     config, choice, ranks = read_request(request)
     check_trainable(config)
+    check_trackers(config.train.trackers)
     run_dir = _run_dir(request, config)
     return Resolved(config, choice, ranks, run_dir, request.resume, request.port)
 

@@ -50,6 +50,9 @@ WORDS: tuple[Word, ...] = (
         ("moe_inter_dim",),
     ),
     Word("moe.activation", "expert's non-linearity", ("swiglu",), (), ("hidden_act", "hidden_activation")),
+    Word("moe.swiglu_limit", "bound of the clamped gate", ("activation_func_clamp_value",), (), ("swiglu_limit",)),
+    Word("moe.expert_bias", "experts have biases"),
+    Word("moe.router_bias", "the gate has a bias, learned by gradient"),
     Word("moe.router", "how a token finds its experts (gate)", ("moe_router_type",), ("routing_policy",), ()),
     Word(
         "moe.score_function",
@@ -189,6 +192,12 @@ WORDS: tuple[Word, ...] = (
     ),
     Word("model.qk_norm", "normalise queries and keys", ("qk_layernorm",), (), ("use_qk_norm",)),
     Word("model.attention_bias", "biases in attention", ("add_qkv_bias",), ("qkv_has_bias",), ("attention_bias",)),
+    Word("model.attention_output_bias", "a bias on attention's output", ("add_bias_linear",)),
+    Word("model.attention_sinks", "a learned logit per head in the softmax", ("softmax_type",)),
+    Word("model.sliding_window", "how far back a token sees", ("window_size",), (), ("sliding_window",)),
+    Word("model.sliding_layers", "layers that have the window", ("window_attn_skip_freq",), (), ("layer_types",)),
+    Word("model.rope_scaling", "YaRN", ("rope_type", "yarn_rotary_scaling_factor"), (), ("rope_parameters",)),
+    Word("model.init_from", "checkpoint to start from", ("load", "pretrained_checkpoint"), ("load_checkpoint",)),
     Word(
         "model.tie_embeddings",
         "output layer shares the embedding",
@@ -282,6 +291,7 @@ WORDS: tuple[Word, ...] = (
         ("eval_steps",),
     ),
     Word("train.log_every", "steps between lines", ("log_interval",), ("per_print_times",), ("logging_steps",)),
+    Word("train.trackers", "where figures are shown: TensorBoard, wandb, others", (), (), ("report_to",)),
     Word(
         "train.timeout_s", "seconds a rank waits for the others", ("distributed_timeout_minutes",), (), ("ddp_timeout",)
     ),

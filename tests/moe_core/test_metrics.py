@@ -1,12 +1,13 @@
-"""Each step is one whole JSON line and a set of TensorBoard scalars; a resumed run continues the file."""
+"""Each step is one whole JSON line and single numbers for trackers; a resumed run continues the file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from twinmoe.moe_core.metrics import METRICS, MetricsWriter, read_metrics
 
 RECORD = {"loss": 2.5, "tokens": 7, "expert_load": [[1, 2], [3, 4]], "phases": {"data": 0.5}, "note": "text"}
@@ -31,16 +32,44 @@ def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
     assert line == {"step": 1, "loss": "nan", "parts": ["inf"]}
 
 
-def test_tensorboard_gets_single_numbers_by_path(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+class Notes:
+    """A tracker that remembers, and fails where it is told to."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.seen: list[tuple[int, Mapping[str, float]]] = []
+        self.closed, self._fails_at = False, fails_at
+
+    def begin(self, run_dir: Path, about: Mapping[str, Any]) -> None: ...
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if step == self._fails_at:
+            raise OSError("no network")
+        self.seen.append((step, scalars))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_trackers_get_single_numbers_by_path(tmp_path: Path) -> None:
+    notes = Notes()
+    writer = MetricsWriter(tmp_path, trackers=[notes])
     writer.write(3, RECORD)
     writer.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    values = {tag: board.Tensors(tag)[0] for tag in board.Tags()["tensors"]}
-    assert set(values) == {"loss", "tokens", "phases/data"}
-    assert values["loss"].step == 3
-    assert values["phases/data"].tensor_proto.float_val[0] == pytest.approx(0.5)
+    assert notes.seen == [(3, {"loss": 2.5, "tokens": 7.0, "phases/data": 0.5})]
+    assert notes.closed
+
+
+def test_a_tracker_that_fails_ends_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failing, whole = Notes(fails_at=2), Notes()
+    writer = MetricsWriter(tmp_path, trackers=[failing, whole])
+    for step in (1, 2, 3):
+        writer.write(step, RECORD)
+    writer.close()
+    assert [step for step, _ in failing.seen] == [1]
+    assert not failing.closed
+    assert [step for step, _ in whole.seen] == [1, 2, 3]
+    assert len(read_metrics(tmp_path)) == 3
+    assert "OSError: no network" in capsys.readouterr().err
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
