@@ -21,6 +21,28 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Ring:
+    """One warp-specialised kernel's schedule: depth of its rings of loads, of stores and (act) of h."""
+
+    stages: int = 4
+    outs: int = 2
+    group: int = 8
+    slots: int = 2
+
+
+@dataclass(frozen=True)
+class Rings:
+    """The warp-specialised kernels in use, with tiles of 128 x 256 x 64; None: the kernel of the `Schedule`'s tile."""
+
+    up: Ring | None = None
+    down: Ring | None = None
+    act: Ring | None = None
+    dx: Ring | None = None
+    dw_up: Ring | None = None
+    dw_down: Ring | None = None
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The tiles of all expert kernels on one kind of card. Row tiles (up, down, act, dx) share `bm`."""
 
@@ -30,6 +52,7 @@ class Schedule:
     dx: Tile
     dw_up: Tile
     dw_down: Tile
+    rings: Rings = Rings()
 
     @property
     def block_m(self) -> int:
@@ -43,6 +66,14 @@ HOPPER = Schedule(
     dx=Tile(128, 256, 64, 8, 3, pieces=4),
     dw_up=Tile(128, 256, 64, 8, 5, flatten=False),
     dw_down=Tile(256, 128, 64, 8, 5, flatten=False),
+    rings=Rings(
+        up=Ring(3, 4),
+        down=Ring(3, 4),
+        act=Ring(3, 3),
+        dx=Ring(),
+        dw_up=Ring(3, 4),
+        dw_down=Ring(3, 4),
+    ),
 )
 AMPERE = Schedule(
     up=Tile(64, 64, 32, 8, 3, flatten=False),

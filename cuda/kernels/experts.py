@@ -19,7 +19,7 @@ class MoeMlp(torch.autograd.Function):
         gated = w_up.shape[2] == 2 * w_down.shape[1]
         save = any(ctx.needs_input_grad[:4])
         act, h = launch.up(x, w_up, routing, routing.position.numel(), gated, save, on)
-        rows = launch.rows(act, w_down, routing.grouping, False, on.schedule.down, on)
+        rows = launch.rows(act, w_down, routing.grouping, False, on)
         if save:
             ctx.save_for_backward(x, weights, w_up, w_down, h)
             ctx.routing, ctx.on = routing, on
@@ -32,14 +32,14 @@ class MoeMlp(torch.autograd.Function):
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
         grad = grads[0].contiguous()
         dh, act, d_weights = launch.activation_grad(grad, w_down, h, weights, routing, on)
-        d_down = launch.weight_grad(act, grad, routing, "b", on.schedule.dw_down, on) if need_down else None
+        d_down = launch.weight_grad(act, grad, routing, "b", "down", on) if need_down else None
         del act
         d_x = None
         if need_x:
-            rows = launch.rows(dh, w_up, routing.grouping, True, on.schedule.dx, on)
+            rows = launch.rows(dh, w_up, routing.grouping, True, on)
             d_x = gather_sum(rows, routing.position, None)
             del rows
-        d_up = launch.weight_grad(x, dh, routing, "a", on.schedule.dw_up, on) if need_up else None
+        d_up = launch.weight_grad(x, dh, routing, "a", "up", on) if need_up else None
         if need_weights and d_weights is not None:
             d_weights = d_weights.view_as(weights).to(weights.dtype)
         return d_x, d_weights if need_weights else None, d_up, d_down, None, None
@@ -56,7 +56,7 @@ class SortedMlp(torch.autograd.Function):
         if save:
             ctx.save_for_backward(x, w_up, w_down, h)
             ctx.grouping, ctx.on = grouping, on
-        return _zero_tail(launch.rows(act, w_down, grouping, False, on.schedule.down, on), grouping)
+        return _zero_tail(launch.rows(act, w_down, grouping, False, on), grouping)
 
     @staticmethod
     def backward(ctx: Any, *grads):
@@ -65,12 +65,12 @@ class SortedMlp(torch.autograd.Function):
         need_x, need_up, need_down = ctx.needs_input_grad[:3]
         grad = grads[0].contiguous()
         dh, act, _ = launch.activation_grad(grad, w_down, h, None, grouping, on)
-        d_down = launch.weight_grad(act, grad, grouping, "", on.schedule.dw_down, on) if need_down else None
+        d_down = launch.weight_grad(act, grad, grouping, "", "down", on) if need_down else None
         del act
-        d_up = launch.weight_grad(x, dh, grouping, "", on.schedule.dw_up, on) if need_up else None
+        d_up = launch.weight_grad(x, dh, grouping, "", "up", on) if need_up else None
         d_x = None
         if need_x:
-            d_x = _zero_tail(launch.rows(dh, w_up, grouping, True, on.schedule.dx, on), grouping)
+            d_x = _zero_tail(launch.rows(dh, w_up, grouping, True, on), grouping)
         return d_x, d_up, d_down, None, None
 
 

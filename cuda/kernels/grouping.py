@@ -31,6 +31,10 @@ class Grouping:
     def num_experts(self) -> int:
         return self.offsets.numel() - 1
 
+    def parts(self) -> tuple[Grouping, torch.Tensor, int]:
+        """(grouping, something in place of copies, 0): rows are in sorted order already."""
+        return self, self.offsets, 0
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -39,6 +43,10 @@ class Routing:
     grouping: Grouping
     copies: torch.Tensor
     position: torch.Tensor
+
+    def parts(self) -> tuple[Grouping, torch.Tensor, int]:
+        """(grouping, copies, copies per token)."""
+        return self.grouping, self.copies, self.position.shape[1]
 
 
 def group_rows(counts_E: torch.Tensor, num_rows: int, block_m: int) -> Grouping:

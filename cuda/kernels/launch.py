@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -14,6 +14,8 @@ from .expert_backward import activation_grad_kernel, weight_grad_kernel
 from .expert_forward import rows_kernel, up_kernel
 from .grouping import Grouping, Routing
 from .ragged import ragged
+
+Weight = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,13 @@ def up(
     x: torch.Tensor, w_up: torch.Tensor, routing: Routing | Grouping, num_rows: int, gated: bool, save: bool, on: Card
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(act (N, F), h (N, F or 2F) or None) of rows x[token] (Routing) or of sorted rows x (Grouping)."""
-    grouping, copies, top_k = _rows_of(routing)
+    ring = on.schedule.rings.up
+    if ring:
+        from . import launch_specialised as special
+
+        if special.fits_up(x, w_up, gated):
+            return special.up(x, w_up, routing, num_rows, save, ring, on.programs)
+    grouping, copies, top_k = routing.parts()
     experts, width, hidden = w_up.shape
     parts = 2 if gated else 1
     f, tile = hidden // parts, on.schedule.up
@@ -51,10 +59,17 @@ def up(
     return act, None if h is None else h.view(num_rows, hidden)
 
 
-def rows(a: torch.Tensor, w: torch.Tensor, grouping: Grouping, transposed: bool, tile: Tile, on: Card) -> torch.Tensor:
+def rows(a: torch.Tensor, w: torch.Tensor, grouping: Grouping, transposed: bool, on: Card) -> torch.Tensor:
     """a @ w[e] (or its transpose) on each expert's rows: a (N, K) to (N, Dout). Rows of no expert stay unset."""
     experts, first, second = w.shape
     k, n = (second, first) if transposed else (first, second)
+    ring = on.schedule.rings.dx if transposed else on.schedule.rings.down
+    if ring:
+        from . import launch_specialised as special
+
+        if special.fits_rows(a, n):
+            return special.rows(a, w, grouping, transposed, ring, on.programs)
+    tile = on.schedule.dx if transposed else on.schedule.down
     out = a.new_empty((a.shape[0], n))
     box = (tile.bn, tile.bk) if transposed else (tile.bk, tile.bn)
     _launch(
@@ -70,7 +85,13 @@ def activation_grad(
     routing: Routing | Grouping, on: Card,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """(dh like h, act (N, F) times its routing weight, gradient of the flat routing weights or None)."""
-    grouping, copies, top_k = _rows_of(routing)
+    ring = on.schedule.rings.act
+    if ring:
+        from . import launch_specialised as special
+
+        if special.fits_act(h, w_down):
+            return special.activation_grad(grad, w_down, h, weights, routing, ring, on.programs)
+    grouping, copies, top_k = routing.parts()
     experts, f, width = w_down.shape
     num_rows, tile = h.shape[0], on.schedule.act
     parts = h.shape[1] // f
@@ -90,11 +111,18 @@ def activation_grad(
 
 
 def weight_grad(
-    a: torch.Tensor, b: torch.Tensor, routing: Routing | Grouping, gather: str, tile: Tile, on: Card
+    a: torch.Tensor, b: torch.Tensor, routing: Routing | Grouping, gather: str, of: Weight, on: Card
 ) -> torch.Tensor:
     """(E, M, N): a^T @ b over each expert's rows; gather names the operand indexed by token: "a", "b" or ""."""
-    grouping, copies, top_k = _rows_of(routing)
+    ring = on.schedule.rings.dw_up if of == "up" else on.schedule.rings.dw_down
+    if ring:
+        from . import launch_specialised as special
+
+        if special.fits_grad(a, b):
+            return special.weight_grad(a, b, routing, gather, ring, on.programs)
+    grouping, copies, top_k = routing.parts()
     m, n = a.shape[1], b.shape[1]
+    tile = on.schedule.dw_up if of == "up" else on.schedule.dw_down
     if not gather:
         tile = replace(tile, stages=(tile.stages + 1) // 2)  # an indexed load takes two stages a buffer
     out = a.new_empty((grouping.num_experts, m, n))
@@ -105,12 +133,6 @@ def weight_grad(
         TOP_K=top_k, GATHER_A=gather == "a", GATHER_B=gather == "b",
     )  # fmt: skip
     return out
-
-
-def _rows_of(routing: Routing | Grouping) -> tuple[Grouping, torch.Tensor, int]:
-    if isinstance(routing, Routing):
-        return routing.grouping, routing.copies, routing.position.shape[1]
-    return routing, routing.offsets, 0
 
 
 def _box(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

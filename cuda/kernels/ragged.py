@@ -20,11 +20,15 @@ LIMIT = tl.constexpr(_LIMIT)
 
 def ragged(x: torch.Tensor, box: Sequence[int]) -> TensorDescriptor:
     """Descriptor over x (rows, ...) with up to 3 axes for the functions below; ValueError from 2^30 rows on."""
+    return TensorDescriptor(x, *ragged_layout(x), [1, 1, *box])
+
+
+def ragged_layout(x: torch.Tensor) -> tuple[list[int], list[int]]:
+    """(shape, strides) of such a descriptor. ValueError from 2^30 rows on."""
     if x.shape[0] > _LIMIT:
         raise ValueError(f"{x.shape[0]} rows exceed 2^30: split the batch into micro-batches")
     shape = [2**31 - 2**16, 2**31 - 2**16, _LIMIT, *x.shape[1:]]
-    strides = [2**34 - x.stride(0), x.stride(0), *x.stride()]
-    return TensorDescriptor(x, shape, strides, [1, 1, *box])
+    return shape, [2**34 - x.stride(0), x.stride(0), *x.stride()]
 
 
 @triton.jit

@@ -193,28 +193,26 @@ def time_dense(case: Case) -> dict[str, float]:
     return {"forward_ms": forward, "both_ms": both}
 
 
-def time_kernels(case: Case, data: tuple[torch.Tensor, ...]) -> dict[str, float]:
+def time_kernels(case: Case, data: tuple[torch.Tensor, ...], on: launch.Card) -> dict[str, float]:
     """TFLOP/s of each kernel of ours (ms for those without products)."""
     x, ids, weights, w_up, w_down, grad = (t.detach() for t in data)
-    on = launch.card(x.device)
-    s = on.schedule
-    routing = route_rows(ids, case.experts, s.block_m)
+    routing = route_rows(ids, case.experts, on.schedule.block_m)
     rows = case.tokens * case.top_k
     third = case.flops / 3e9
     act, h = launch.up(x, w_up, routing, rows, True, True, on)
     assert h is not None
-    down = launch.rows(act, w_down, routing.grouping, False, s.down, on)
+    down = launch.rows(act, w_down, routing.grouping, False, on)
     dh, _, _ = launch.activation_grad(grad, w_down, h, weights, routing, on)
     ms = {
         "up": (2, lambda: launch.up(x, w_up, routing, rows, True, False, on)),
         "up_save": (2, lambda: launch.up(x, w_up, routing, rows, True, True, on)),
-        "down": (1, lambda: launch.rows(act, w_down, routing.grouping, False, s.down, on)),
+        "down": (1, lambda: launch.rows(act, w_down, routing.grouping, False, on)),
         "act": (1, lambda: launch.activation_grad(grad, w_down, h, weights, routing, on)),
-        "dx": (2, lambda: launch.rows(dh, w_up, routing.grouping, True, s.dx, on)),
-        "dw_up": (2, lambda: launch.weight_grad(x, dh, routing, "a", s.dw_up, on)),
-        "dw_down": (1, lambda: launch.weight_grad(act, grad, routing, "b", s.dw_down, on)),
+        "dx": (2, lambda: launch.rows(dh, w_up, routing.grouping, True, on)),
+        "dw_up": (2, lambda: launch.weight_grad(x, dh, routing, "a", "up", on)),
+        "dw_down": (1, lambda: launch.weight_grad(act, grad, routing, "b", "down", on)),
         "gather_sum_ms": (0, lambda: gather_sum(down, routing.position, weights)),
-        "route_rows_ms": (0, lambda: route_rows(ids, case.experts, s.block_m)),
+        "route_rows_ms": (0, lambda: route_rows(ids, case.experts, on.schedule.block_m)),
     }
     return {k: (n * third / median_ms(f, 0.3) if n else median_ms(f, 0.3)) for k, (n, f) in ms.items()}
 
@@ -243,7 +241,7 @@ def run_case(name: str, peers: list[str]) -> dict[str, dict[str, float]]:
                 data = make(case)
                 rows[peer] = time_layer(layers[peer], data)
                 if peer == "ours":
-                    rows["kernels"] = time_kernels(case, data)
+                    rows["kernels"] = time_kernels(case, data, launch.card(torch.device(DEVICE, 0)))
                     del data
                     rows["errors"] = {str(i): e for i, e in enumerate(check_full(experts.moe_mlp, case))}
         except torch.OutOfMemoryError as error:

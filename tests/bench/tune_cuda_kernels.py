@@ -1,4 +1,4 @@
-"""Which tile suits each expert kernel on this card? Run by hand; its answers go into cuda/kernels/config.py:
+"""Which tile or ring suits each expert kernel on this card? Run by hand; its answers go into cuda/kernels/config.py:
 
     python tests/bench/tune_cuda_kernels.py --out DIR [--cases B,A] [--kernels up,act]
 
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from bench_cuda_layer import CASES, Case, make, median_ms
 from twinmoe.cuda.kernels import launch
-from twinmoe.cuda.kernels.config import Tile
+from twinmoe.cuda.kernels.config import Ring, Rings, Tile
 from twinmoe.cuda.kernels.grouping import route_rows
 
-SMALL = Case(640, 256, 192, 4, 2)
+SMALL = Case(640, 256, 256, 4, 2)
+Variant = Tile | Ring
 
 
 def row_tiles(
@@ -61,6 +62,10 @@ VARIANTS: dict[str, list[Tile]] = {
     ],
 }  # fmt: skip
 VARIANTS["dw_down"] = VARIANTS["dw_up"]
+RINGS: dict[str, list[Ring]] = {
+    kernel: [Ring(group=g) for g in (4, 8, 16)] + [Ring(3, 4)] for kernel in ("up", "down", "dx", "dw_up", "dw_down")
+}
+RINGS["act"] = [Ring(3, 3, group=g) for g in (4, 8, 16)] + [Ring(3, 2, slots=3)]
 
 
 def calls(kernel: str, case: Case, on: launch.Card) -> tuple[float, Callable[[launch.Card], torch.Tensor]]:
@@ -74,31 +79,35 @@ def calls(kernel: str, case: Case, on: launch.Card) -> tuple[float, Callable[[la
     grouping = routing.grouping
     table: dict[str, tuple[int, Callable[[launch.Card], Any]]] = {
         "up": (2, lambda c: launch.up(x, w_up, routing, rows, True, True, c)[1]),
-        "down": (1, lambda c: launch.rows(act, w_down, grouping, False, c.schedule.down, c)),
+        "down": (1, lambda c: launch.rows(act, w_down, grouping, False, c)),
         "act": (1, lambda c: launch.activation_grad(grad, w_down, h, weights, routing, c)[0]),
-        "dx": (2, lambda c: launch.rows(dh, w_up, grouping, True, c.schedule.dx, c)),
-        "dw_up": (2, lambda c: launch.weight_grad(x, dh, routing, "a", c.schedule.dw_up, c)),
-        "dw_down": (1, lambda c: launch.weight_grad(act, grad, routing, "b", c.schedule.dw_down, c)),
+        "dx": (2, lambda c: launch.rows(dh, w_up, grouping, True, c)),
+        "dw_up": (2, lambda c: launch.weight_grad(x, dh, routing, "a", "up", c)),
+        "dw_down": (1, lambda c: launch.weight_grad(act, grad, routing, "b", "down", c)),
     }
     thirds, fn = table[kernel]
     return thirds * case.flops / 3, fn
 
 
-def with_tile(on: launch.Card, kernel: str, tile: Tile) -> launch.Card:
-    return replace(on, schedule=replace(on.schedule, **{kernel: tile}))
+def with_variant(on: launch.Card, kernel: str, variant: Variant) -> launch.Card:
+    schedule = on.schedule
+    if isinstance(variant, Tile):
+        return replace(on, schedule=replace(schedule, **{kernel: variant, "rings": Rings()}))
+    return replace(on, schedule=replace(schedule, rings=replace(schedule.rings, **{kernel: variant})))
 
 
-def small_check(job: tuple[str, Tile]) -> float:
+def small_check(job: tuple[str, Variant]) -> float:
     """Relative difference from the default tile at a small size; infinite if it does not compile."""
-    kernel, tile = job
+    kernel, variant = job
     on = launch.card(torch.device("cuda", 0))
+    on = replace(on, schedule=replace(on.schedule, rings=Rings()))
     _, fn = calls(kernel, SMALL, on)
     want = fn(on).float()
     try:
-        got = fn(with_tile(on, kernel, tile)).float()
+        got = fn(with_variant(on, kernel, variant)).float()
         return float((got - want).norm() / want.norm())
     except Exception as error:
-        print(kernel, tile, str(error)[:120], flush=True)
+        print(kernel, variant, str(error)[:120], flush=True)
         return float("inf")
 
 
@@ -109,8 +118,10 @@ def main() -> None:
     parser.add_argument("--cases", default="B,A")
     parser.add_argument("--kernels", default=",".join(VARIANTS))
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--variants", default="tiles,rings")
     args = parser.parse_args()
-    jobs = [(kernel, tile) for kernel in args.kernels.split(",") for tile in VARIANTS[kernel]]
+    tables = [{"tiles": VARIANTS, "rings": RINGS}[name] for name in args.variants.split(",")]
+    jobs = [(kernel, variant) for kernel in args.kernels.split(",") for table in tables for variant in table[kernel]]
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         errors = dict(zip(range(len(jobs)), pool.map(small_check, jobs)))
     on = launch.card(torch.device("cuda", 0))
@@ -119,12 +130,12 @@ def main() -> None:
         for kernel in args.kernels.split(","):
             flops, fn = calls(kernel, CASES[name], on)
             rows = []
-            for i, (k, tile) in enumerate(jobs):
+            for i, (k, variant) in enumerate(jobs):
                 if k == kernel and errors[i] < 1e-2:
-                    ms = median_ms(lambda: fn(with_tile(on, k, tile)), 0.15)  # noqa: B023
-                    rows.append({"case": name, "kernel": k, "tflops": flops / ms / 1e9, **asdict(tile)})
+                    ms = median_ms(lambda: fn(with_variant(on, k, variant)), 0.15)  # noqa: B023
+                    rows.append({"case": name, "kernel": k, "tflops": flops / ms / 1e9, **asdict(variant)})
                 elif k == kernel:
-                    print(f"{name} {kernel} {tile} error {errors[i]:.1e}")
+                    print(f"{name} {kernel} {variant} error {errors[i]:.1e}")
             rows.sort(key=lambda r: -r["tflops"])
             for row in rows[:6] + rows[-1:]:
                 print("  ".join(f"{v:.0f}" if k == "tflops" else str(v) for k, v in row.items()), flush=True)

@@ -1,0 +1,94 @@
+"""The warp-specialised kernels compile for sm_90 without a GPU: shared memory fits, wgmma is used, no spills."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from twinmoe.cuda.kernels import launch_specialised as special
+from twinmoe.cuda.kernels.config import HOPPER, Ring
+from twinmoe.cuda.kernels.grouping import _route_by_torch
+
+BF16, T, D, F, E, K = torch.bfloat16, 300, 256, 256, 4, 2
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class StandIn:
+    """A driver that reports an H100 and launches nothing."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int = 0) -> int:
+        return 0
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What launches compile to, instead of launching."""
+    kernels: list[Any] = []
+
+    def compile_only(kernel: Any, ring: Ring, programs: int, *args: Any, **constants: Any) -> None:
+        kernels.append(
+            kernel.warmup(
+                *args, STAGES=ring.stages, OUTS=ring.outs, GROUP=ring.group, GRID=programs, num_warps=8, maxnreg=168,
+                grid=(programs,), **constants,
+            )
+        )  # fmt: skip
+
+    monkeypatch.setattr(special, "_run", compile_only)
+    monkeypatch.setattr(driver, "_active", StandIn())
+    return kernels
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=BF16)
+
+
+def ring(name: str) -> Ring:
+    found = getattr(HOPPER.rings, name)
+    assert found is not None
+    return found
+
+
+def kernels() -> dict[str, Callable[[], Any]]:
+    routing = _route_by_torch(torch.arange(T * K).reshape(T, K) % E, E, 128)
+    sorted_rows, n = routing.grouping, T * K
+    x, w_up, w_down, weights = random(T, D), random(E, D, 2 * F), random(E, F, D), torch.ones(T, K)
+    rows, h, act = random(n, D), random(n, 2 * F), random(n, F)
+    return {
+        "up_routed": lambda: special.up(x, w_up, routing, n, True, ring("up"), 132),
+        "up_sorted": lambda: special.up(rows, w_up, sorted_rows, n, True, ring("up"), 132),
+        "down": lambda: special.rows(act, w_down, sorted_rows, False, ring("down"), 132),
+        "dx": lambda: special.rows(h, w_up, sorted_rows, True, ring("dx"), 132),
+        "act_routed": lambda: special.activation_grad(x, w_down, h, weights, routing, ring("act"), 132),
+        "act_sorted": lambda: special.activation_grad(rows, w_down, h, None, sorted_rows, ring("act"), 132),
+        "dw_up_routed": lambda: special.weight_grad(x, h, routing, "a", ring("dw_up"), 132),
+        "dw_down_routed": lambda: special.weight_grad(act, x, routing, "b", ring("dw_down"), 132),
+        "dw_sorted": lambda: special.weight_grad(act, rows, sorted_rows, "", ring("dw_down"), 132),
+    }
+
+
+@pytest.mark.parametrize("name", list(kernels()))
+def test_kernel_fits_an_h100(built: list[Any], tmp_path: Path, name: str) -> None:
+    kernels()[name]()
+    (kernel,) = built
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    command = [str(TOOL), "-sass", str(tmp_path / "kernel.cubin")]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert kernel.metadata.shared <= 227 * 1024
+    assert kernel.asm["ptx"].count("wgmma.mma_async") > 0
+    assert len(re.findall(r"\bSTL\b", sass)) <= 2, "a value or two saved outside the loop at most"
