@@ -15,12 +15,13 @@ import pytest
 from twinmoe.moe_core import convert
 from twinmoe.moe_core.checkpoint import Checkpoint, logical_shapes
 from twinmoe.moe_core.combinations import ConfigError
+from twinmoe.moe_core.compose import load_config
 from twinmoe.moe_core.config import Config
 from twinmoe.moe_core.hf_config import from_config, to_config
 from twinmoe.moe_core.hf_files import make_header, narrowed, parse_header, read_header, widened, write_file
 from twinmoe.moe_core.hf_names import by_theirs, links, their_shape
 from twinmoe.moe_core.mesh import Mesh
-from twinmoe.moe_core.shapes import declared
+from twinmoe.moe_core.shapes import declared, shapes
 
 MODEL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_attention_heads": 4}
 MOE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 8, "aux_loss_layers": "concatenated"}
@@ -122,6 +123,18 @@ def test_configs_map_both_ways(family: str) -> None:
     found, about = from_config(config_of(family))
     assert found.model_type == family
     assert from_config(to_config(about)) == (found, about)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b", "gpt-oss-120b"])
+def test_the_packaged_shapes_have_as_many_parameters_as_the_models_of_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+    import torch
+
+    family, about = from_config(load_config(name))
+    kind = getattr(transformers, family.architecture)
+    with torch.device("meta"):
+        theirs = kind(kind.config_class(**about))
+    assert shapes(load_config(name)).parameters_total == sum(p.numel() for p in theirs.parameters())
 
 
 # --- what does not belong ------------------------------------------------------------------------

@@ -34,6 +34,7 @@ LLEP = {
     "least_loaded": {"min_rows": 1, "imbalance_threshold": None},
 }
 SHARED = {"num_shared_experts": 1, "shared_expert_gate": True, "aux_loss_coeff": 0.02, "z_loss_coeff": 0.01}
+GPT_OSS = {"attention_sinks": True, "attention_output_bias": True, "sliding_window": 5, "sliding_layers": (0,)}
 HOW = {
     "flat": {},
     "groupwise": {"transport": "groupwise"},
@@ -63,7 +64,7 @@ def config(**parallel: Any) -> Config:
     train = {"steps": 2, "dtype": "float64", "global_batch_size": 4, "sequence_length": 12, "save_every": 2}
     return Config.model_validate(
         {
-            "model": {**model, "num_key_value_heads": 2, "attention_bias": True},
+            "model": {**model, **GPT_OSS, "num_key_value_heads": 2, "attention_bias": True},
             "moe": {"num_experts": 5, "top_k": 2, "expert_hidden_size": 4, **SHARED},
             "parallel": parallel,
             "train": {**train, "validation_batches": 1},
@@ -147,6 +148,8 @@ def test_gate_and_linear_columns_are_cut_alike():
         ({"model": {"num_attention_heads": 3, "hidden_size": 6}}, "key-value heads"),
         ({"parallel": {"tensor_parallel_size": 2, "residency": "fully_sharded"}}, "cut across columns"),
         ({"moe": {"num_heads": 2, "head_dim": 4}}, "head_parallel_size"),
+        ({"moe": {"expert_hidden_size": 4, "expert_bias": True}}, "added once per rank"),
+        ({"model": {"qk_norm": "whole"}}, "needs them on one rank"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(changed: dict[str, Any], told: str):
