@@ -166,10 +166,13 @@ def _maps(told: Sequence[str]) -> str:
 def _costs() -> str:
     return (
         '<h2>What it costs</h2><div class="grid">'
+        + _figure("phases", "Time by phase", "Mean of a step after the first few; other is what no phase claims.", True)
         + _figure(
-            "phases", "Time by phase", "Mean of a step after the first few; `other` is what no phase claims.", True
+            "bytes",
+            "Bytes by level",
+            "What exchanges of rows send, by the level of the cluster that they cross; flat: without levels.",
+            True,
         )
-        + _figure("bytes", "Bytes by level", "Dispatch of rows, by the level of the cluster that they cross.", True)
         + _figure("imbalance", "Busiest rank", "Rows of the busiest rank over the mean; 1 is even.")
         + _figure("local", "Rows that stay", "Share of rows whose expert is computed on their own rank.")
         + _figure("memory", "Peak memory", "Most of rank 0 so far.")
