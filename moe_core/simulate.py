@@ -164,15 +164,19 @@ def _run_layer(config: Config, tally: _Tally, steps: Sequence[Sequence[Choices]]
 
 
 def _groups(choices: Choices, size: int) -> list[Load]:
-    """The loads of a job's expert groups: runs of `size` token ranks."""
-    ranks = len(choices.counts_RE)
-    order = np.argsort(choices.source_S // size, kind="stable")
-    bounds = np.searchsorted((choices.source_S // size)[order], np.arange(ranks // size + 1))
+    """The loads of a job's expert groups: runs of `size` token ranks.
+
+    A group whose sampled tokens are not all of its tokens takes those of the other groups too.
+    """
     found = []
-    for g in range(ranks // size):
-        mine = order[bounds[g] : bounds[g + 1]]
+    top_k = choices.ids_SK.shape[1]
+    everyone = choices.ids_SK, choices.source_S % size
+    for g in range(len(choices.counts_RE) // size):
         counts = choices.counts_RE[g * size : (g + 1) * size].astype(np.int64)
-        found.append(Load(counts, choices.ids_SK[mine], choices.source_S[mine] - g * size))
+        mine = np.flatnonzero(choices.source_S // size == g)
+        whole = len(mine) * top_k >= counts.sum()
+        sample = (choices.ids_SK[mine], choices.source_S[mine] - g * size) if whole else everyone
+        found.append(Load(counts, *sample))
     return found
 
 

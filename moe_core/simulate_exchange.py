@@ -97,7 +97,8 @@ def sample_destinations(plan: Plan, load: Load) -> np.ndarray:
     run = np.searchsorted(
         (ends + np.arange(plan.ranks)[:, None] * reach).reshape(-1), source * reach + start + place, "right"
     )
-    dest[kept] = slots[run - source * len(slots)]
+    here_or_first = np.where(here > 0, run - source * len(slots), first_E[ids[kept]])
+    dest[kept] = slots[here_or_first]
     return dest.reshape(load.ids_SK.shape)
 
 
