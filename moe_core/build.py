@@ -36,6 +36,7 @@ from .transport.depth import usual_depth
 from .transport.flat import Flat, Local
 from .transport.groupwise import Groupwise
 from .transport.hierarchical import HierarchicalDedup, Hierarchy, StageGroups, hierarchy_groups
+from .whole import Whole, whole_layer
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,15 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
         shared=shared,
         checkpoint_experts=spec.checkpoint_experts,
         rounds=_rounds(moe, parallel, runtime, spec.width),
+        whole=_whole(moe, parallel, runtime, spec),
     )
     parameters = router.parameters(spec.prefix) + residency.parameters(spec.prefix, spec.std_down) + shared_parameters
     return LayerParts(layer, parameters)
+
+
+def _whole(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> Whole | None:
+    ranks = runtime.groups["expert"].size * runtime.groups["tensor"].size
+    return None if spec.checkpoint_experts else whole_layer(moe, parallel, runtime.ops, ranks)
 
 
 def _nodes(runtime: Runtime) -> tuple[int, ...] | None:

@@ -22,6 +22,7 @@ from .residency.base import Residency
 from .rounds import in_rounds
 from .routing.base import Memo, Router, Routing, Tokens
 from .transport.base import Exchange, Transport
+from .whole import Whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class MoEOutput:
 class MoELayer:
     """The collaborators of one layer; the parameters are passed to `__call__` by their own short names.
 
-    rounds: when rows travel and are computed in several rounds (`rounds.in_rounds`).
+    rounds: when rows travel and are computed in several rounds (`rounds.in_rounds`). whole: the last three calls in
+    one, where this rank has all experts and the backend such an operation.
     """
 
     ops: Ops
@@ -71,6 +73,7 @@ class MoELayer:
     shared: Callable[[Mapping[str, Array], Array], Array] | None = None
     checkpoint_experts: bool = False
     rounds: RoundRule = field(default_factory=RoundRule)
+    whole: Whole | None = None
 
     def __call__(self, params: Mapping[str, Array], x_TD: Array, tokens: Tokens, memo: Memo) -> MoEOutput:
         if x_TD.shape[0] == 0:
@@ -78,7 +81,10 @@ class MoELayer:
             return replace(out, y=without_padding(self.ops, out.y))
         routing = self.router.route(params, x_TD, tokens, memo)
         plan = self.plan(routing, tokens, memo)
-        if plan is not None and plan.rounds > 1:
+        found = None if self.whole is None else self.whole(params, x_TD, routing)
+        if found is not None:
+            y_TD, exchange = found
+        elif plan is not None and plan.rounds > 1:
             y_TD, exchange = in_rounds(self, params, x_TD, routing, plan)
         else:
             weights = self.gather(params, plan)
