@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from twinmoe.moe_core.synthetic import Skew, choose
 from twinmoe.moe_core.topology import Level, Link, Topology
 from twinmoe.moe_core.transport.depth import (
     balanced_rows,
@@ -62,6 +63,8 @@ def test_h4_coarse_hits_lie_between_the_largest_and_the_sum_of_the_fine_ones():
         children = fine.reshape(8, coarse.shape[1], -1)
         assert (children.max(2) <= coarse).all()
         assert (coarse <= children.sum(2)).all()
+    single = np.stack([(ids == e).any(2).sum(1) for e in range(16)], 1)
+    assert int(single.sum()) == 8 * 64 * 4
     table = np.array([(0, 4)] * 3 + [(1, 5)] * 2 + [(2, 6), (3, 7)])[None]
     _, nodes, ranks = hits_of(table, 8, Topology(4, levels(1, 2)))
     assert (ranks[0].tolist(), nodes[0].tolist()) == ([5, 2, 5, 2], [7, 7])
@@ -76,6 +79,8 @@ def test_h5_volumes_times_and_depth_of_qwen3_on_four_nodes():
 
     megabytes = [[round(n * ROW / 1e6, 2) for n in rows(d, 8)] for d in (1, 2, 3, 4)]
     assert megabytes == [[30.87], [15.22, 30.87], [15.22, 22.39, 30.87], [15.22, 22.39, 27.67, 30.87]]
+
+    assert {round(n * ROW / 1e6, 2) for d in (1, 2, 3, 4) for n in rows(d, 8, False)} == {33.55}
 
     def times(*args: object) -> list[float]:
         return [round(seconds(A6000, d, rows(d, *args), ROW) / MS, 2) for d in (1, 2, 3, 4)]  # type: ignore[arg-type]
@@ -108,6 +113,25 @@ def test_h6_message_size_of_rank_3():
     assert only.rows[3].tolist() == [2, 2, 1, 2]
     assert [s.fan * s.rows[3].max() for s in (only, first, second)] == [8, 4, 8]
     assert [s.peers(3).tolist() for s in (only, first, second)] == [[0, 1, 2, 3], [1, 3], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_experts", "groups", "used", "top_k", "ceiling"),
+    [(2, 64, 4, 2, 8, 4.8), (2, 64, 4, 1, 8, 8.0), (4, 64, 8, 2, 8, 4.3077), (4, 64, 8, 4, 8, 2.5455)],
+)
+def test_group_limited_choices_have_a_byte_ceiling_of_their_own(
+    nodes: int, num_experts: int, groups: int, used: int, top_k: int, ceiling: float
+):
+    """A token that uses `used` of `groups` groups hits as many nodes as that many experts drawn from `groups` would,
+    at most: top_k over that is what deduplication can save of the copies between nodes."""
+    expected = expected_groups(groups, nodes, used)
+    assert top_k / expected == pytest.approx(ceiling, abs=5e-5)
+    ids = choose(Skew.parse(f"groups:{groups}:{used}"), num_experts, 4000, top_k, 0)
+    hit = np.stack([(ids * nodes // num_experts == n).any(1) for n in range(nodes)], 1).sum(1).mean()
+    assert hit <= expected * 1.02
+    assert hit == pytest.approx(expected, rel=0.06)
+    free = expected_groups(num_experts, nodes, top_k)
+    assert hit < free
 
 
 def test_the_depth_follows_the_model_and_keeps_the_usual_one_within_the_margin():
