@@ -112,10 +112,7 @@ def _config(about: Any, block: Any, top_k: int, parallel: Mapping[str, Any]) -> 
     if block.woven:
         moe |= {"activation": "swiglu_clamped", "expert_bias": True}
         moe |= {"swiglu_alpha": about.swiglu_alpha, "swiglu_limit": about.swiglu_limit}
-    config = load_config(
-        {"model": {"hidden_size": block.width, "num_attention_heads": 1}, "moe": moe, "parallel": dict(parallel)}
-    )
-    p = config.parallel
+    p = load_config({"parallel": dict(parallel)}).parallel
     theirs = {
         "tensor_parallel_size": (p.tensor_parallel_size > 1, "1"),
         "placement": (p.placement == "swap", "fixed"),
@@ -126,4 +123,5 @@ def _config(about: Any, block: Any, top_k: int, parallel: Mapping[str, Any]) -> 
             raise ConfigError(
                 f"parallel.{key} is for twinmoe's own loop, not for blocks inside another; set it to {remedy}"
             )
-    return config
+    model = {"hidden_size": block.width, "num_attention_heads": 1}
+    return load_config({"model": model, "moe": moe, "parallel": dict(parallel)})

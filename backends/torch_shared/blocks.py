@@ -82,6 +82,8 @@ class ExpertsModule(TorchLayerModule):
         super().__init__(component, groups, comm, stored.device, stored.dtype)
         self._woven, self._checked = block.woven, comm.size == 1
         self._original = (block.module.to("meta"),)  # in a tuple it is no sub-module
+        self.gathering = False
+        self.register_state_dict_pre_hook(_refuse_part)
         for name, value in self.named().items():
             value.register_hook(lambda gradient, name=name: self._reduced(name, gradient))
 
@@ -91,6 +93,11 @@ class ExpertsModule(TorchLayerModule):
             refuse_wrong_clipping()
             self._checked = True
         self._refuse_raw_ddp()
+        if any(hasattr(value, "to_local") for value in self.named().values()):
+            raise RuntimeError(
+                "the experts were sharded by FSDP, which knows nothing of their ranks; pass "
+                "twinmoe.moe_core.expert_parameters(module) of each as ignored_params, or use DDP"
+            )
         device = x_TD.device.type
         mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if mixed else next(iter(self.named().values())).dtype
@@ -112,16 +119,25 @@ class ExpertsModule(TorchLayerModule):
     def original(self) -> nn.Module:
         """Their module again, with the experts of all ranks. Collective."""
         (module,) = self._original
+        for attribute, value in self.whole().items():
+            setattr(module, attribute, nn.Parameter(value))
+        return module
+
+    def whole(self) -> dict[str, Tensor]:
+        """The parameters that their module had, with the experts of all ranks. Collective."""
         stacks = {name: self._whole(name) for name in self.named()}
+        found: dict[str, Tensor] = {}
         for ours, there in (("up", "gate_up_proj"), ("down", "down_proj")):
             weight = stacks[f"w_{ours}"]
-            values = {there: weight if self._woven else weight.transpose(1, 2)}
-            if self._woven:
-                values[f"{there}_bias"] = stacks[f"b_{ours}"]
-            for attribute, value in values.items():
-                value = _woven(value) if self._woven and ours == "up" else value
-                setattr(module, attribute, nn.Parameter(value.contiguous()))
-        return module
+            if not self._woven:
+                found[there] = weight.transpose(1, 2).contiguous()
+                continue
+            for key, value in ((there, weight), (f"{there}_bias", stacks[f"b_{ours}"])):
+                found[key] = _woven(value) if ours == "up" else value
+        return found
+
+    def state_dict_names(self) -> list[str]:
+        return [name for name, _ in self.named_parameters()]
 
     @torch.no_grad()
     def _whole(self, name: str) -> Tensor:
@@ -138,6 +154,14 @@ class ExpertsModule(TorchLayerModule):
         if spec.norm_over is not None and self._groups[spec.norm_over].size > 1:
             reduce_flat([whole], self._comm, self._groups[spec.norm_over])
         return whole.reshape(count, *shape)
+
+
+def _refuse_part(module: nn.Module, *_: Any) -> None:
+    if isinstance(module, ExpertsModule) and not module.gathering:
+        raise RuntimeError(
+            "the state of one rank is not the model: its experts are spread over ranks; save with a Trainer derived "
+            "from ExpertClipping, or call twinmoe.moe_core.restore_moe_blocks(model) on all ranks first"
+        )
 
 
 def _expert_of(name: str) -> int:
@@ -166,6 +190,23 @@ def exclude(model: nn.Module) -> None:
     TorchLayerModule.exclude_experts(model)
 
 
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict` of the unmodified model would be. Collective."""
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertsModule)}
+    for module in blocks.values():
+        module.gathering = True
+    try:
+        found = model.state_dict()
+    finally:
+        for module in blocks.values():
+            module.gathering = False
+    for name, module in blocks.items():
+        for attribute in module.state_dict_names():
+            del found[f"{name}.{attribute}"]
+        found |= {f"{name}.{attribute}": value for attribute, value in module.whole().items()}
+    return found
+
+
 def restore(model: nn.Module) -> None:
     """Put all modules back as they were, with the weights of now, for save_pretrained. Collective."""
     for name, module in list(model.named_modules()):
@@ -175,13 +216,15 @@ def restore(model: nn.Module) -> None:
 
 
 class ExpertClipping:
-    """First base of a Trainer: `class MyTrainer(ExpertClipping, Trainer)`. Counts every parameter once, over all ranks.
+    """First base of a Trainer: `class MyTrainer(ExpertClipping, Trainer)`. Norms count every parameter once, over all
+    ranks; saved models are whole, and load without twinmoe.
 
     Elsewhere: `clip_gradients(model, max_norm)` instead of `accelerator.clip_grad_norm_`.
     """
 
     accelerator: Any
     args: Any
+    model: Any
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         self.accelerator.unscale_gradients()
@@ -189,6 +232,16 @@ class ExpertClipping:
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
         return clip_gradients(model, float("inf")) if grad_norm is None else grad_norm
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        whole = whole_state_dict(self.model) if state_dict is None else state_dict
+        super()._save(output_dir, state_dict=whole)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            "the optimizer's state of the experts is not in a Trainer's checkpoint; start again from its weights: "
+            "from_pretrained, then replace_moe_blocks (twinmoe's own loop resumes with everything)"
+        )
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -50,6 +50,7 @@ def test_twenty_clipped_steps_on_two_ranks_are_those_of_the_unmodified_model_on_
     # transformers takes norms and the loss in float32 even of a model in float64
     np.testing.assert_allclose(found["loss"], alone["loss"], rtol=1e-6, err_msg=str(scheme))
     np.testing.assert_allclose(found["grad_norm"], alone["grad_norm"], rtol=1e-6, err_msg=str(scheme))
+    assert found["differs"] == [], "what the Trainer saved is the model"
     assert found["sums"].keys() == alone["sums"].keys()
     for name, value in alone["sums"].items():
         assert found["sums"][name] == pytest.approx(value, rel=1e-6), name

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from twinmoe.backends.protocol import Launch
 from twinmoe.backends.registry import Backend
 from twinmoe.backends.torch_shared.blocks import ExpertClipping
@@ -85,9 +85,16 @@ def _run(
             raise
         return {"error": str(error)}
     if parallel is not None:
+        trainer.save_model(f"{folder}/saved")
         restore_moe_blocks(theirs, backend)
     sums = {name: float(p.detach().double().abs().sum()) for name, p in theirs.named_parameters()}
     if launch.size > 1:
         dist.barrier()
-    logs = {key: [row[key] for row in watch.logs] for key in ("loss", "grad_norm")}
-    return {"swapped": swapped, **logs, "sums": sums}
+        saved: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/saved", dtype=torch.float64)
+        differs = [n for n, p in saved.named_parameters() if not torch.equal(p, theirs.get_parameter(n))]
+        return {"swapped": swapped, "differs": differs, **_logs(watch), "sums": sums}
+    return {"swapped": swapped, **_logs(watch), "sums": sums}
+
+
+def _logs(watch: Watch) -> dict[str, list[float]]:
+    return {key: [row[key] for row in watch.logs] for key in ("loss", "grad_norm")}
