@@ -4,6 +4,7 @@
 # make check    lint and types
 # make check-npu  the recorded schemas of torch-npu against its wheel, which pip fetches; needs gcc, no NPU
 # make bench    benchmarks, by hand
+# make docs     the documentation's site, in build/site; a warning is an error
 # make links    build/path/twinmoe/*: for type checkers and editors
 #
 # VENV=DIR puts the environment elsewhere; VENV=0 uses the current one, for containers with a stack of their own.
@@ -27,7 +28,7 @@ endif
 TWINMOE = $(PY) -m twinmoe.moe_core.cli
 PIP = $(PY) -m pip install -q -c constraints.txt
 
-.PHONY: train test test-all check check-npu bench links installed
+.PHONY: train test test-all check check-npu docs bench links installed
 train: $(BASE)
 	@extra=$$($(TWINMOE) doctor --json | $(PY) -c "import json, sys; print(json.load(sys.stdin)['extra'] or '')"); \
 	if [ "$(VENV)" != 0 ] && [ -n "$$extra" ]; then echo "installing the extra $$extra"; $(PIP) -e ".[$$extra]"; fi
@@ -47,6 +48,9 @@ check: $(DEV) links
 
 check-npu: $(DEV)
 	$(PY) tests/ascend/torch_npu/check_wheel.py
+
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(DEV)
 	$(PY) tests/bench/bench_quickstart.py
