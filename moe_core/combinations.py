@@ -11,7 +11,10 @@ from .routing import router_names
 
 
 class ConfigError(ValueError):
-    """A config that can't be used: one sentence that says what to change."""
+    """A config that can't be used: one sentence that says what to change, on one line whatever it quotes."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
 
 
 @dataclass(frozen=True)

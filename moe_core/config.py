@@ -74,10 +74,10 @@ class MoeConfig(Section):
     drop_policy: Literal["position", "score"] = "score"
     capacity_group: Literal["sequence", "rank"] = "sequence"
     num_shared_experts: int = Field(default=0, ge=0)
-    shared_expert_hidden_size: int | None = None
+    shared_expert_hidden_size: int | None = Field(default=None, gt=0)
     shared_expert_gate: bool = False
     num_heads: int = Field(default=1, gt=0)
-    head_dim: int | None = None
+    head_dim: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _fits(self) -> MoeConfig:
@@ -113,10 +113,10 @@ class ModelConfig(Section):
     hidden_size: int = Field(default=256, gt=0)
     num_layers: int = Field(default=4, gt=0)
     num_attention_heads: int = Field(default=4, gt=0)
-    num_key_value_heads: int | None = None
-    attention_head_dim: int | None = None
+    num_key_value_heads: int | None = Field(default=None, gt=0)
+    attention_head_dim: int | None = Field(default=None, gt=0)
     num_dense_layers: int = Field(default=0, ge=0)
-    dense_hidden_size: int | None = None
+    dense_hidden_size: int | None = Field(default=None, gt=0)
     dense_activation: Literal["swiglu", "gelu"] = "swiglu"
     qk_norm: bool | Literal["whole"] = False
     attention_bias: bool = False
@@ -145,6 +145,12 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} is not a multiple of model.num_attention_heads="
                 f"{self.num_attention_heads}; change one or set model.attention_head_dim"
+            )
+        width = self.attention_head_dim or self.hidden_size // self.num_attention_heads
+        if width % 2:
+            raise ValueError(
+                f"a head of attention is {width} wide, but positions turn pairs of channels; make "
+                "model.attention_head_dim (or model.hidden_size / model.num_attention_heads) even"
             )
         return self
 

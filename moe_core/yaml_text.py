@@ -10,6 +10,8 @@ import yaml
 
 from .combinations import ConfigError
 
+_MOST = 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader of YAML 1.1 would take 1e-3 for text and keep the last of two equal keys."""
@@ -17,8 +19,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
+            problem = None
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be a word"
+            elif key_node.value in seen:
                 problem = f"the key {key_node.value!r} is given twice"
+            if problem is not None:
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -39,6 +45,7 @@ def parse_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name} is not valid YAML: {_place(error)}") from None
     if value is None:
         return {}
+    _check_size(value, path.name)
     if not isinstance(value, dict):
         raise ConfigError(f"{path.name} must hold keys and values, not a {type(value).__name__}")
     return value
@@ -47,9 +54,24 @@ def parse_file(path: Path) -> dict[str, Any]:
 def parse_scalar(text: str, word: str) -> Any:
     """The YAML value of the right side of `key=value`."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value in {word!r} is not valid YAML: {_place(error)}") from None
+    _check_size(value, repr(word))
+    return value
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Aliases are written once and count each time: a few lines can stand for a value without end."""
+    left, seen = [value], 0
+    while left:
+        item, seen = left.pop(), seen + 1
+        if seen > _MOST:
+            raise ConfigError(f"{where} stands for more than {_MOST} values; take out aliases that repeat one another")
+        if isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            left += item
 
 
 def _place(error: yaml.YAMLError) -> str:
