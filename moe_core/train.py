@@ -231,9 +231,10 @@ class Session:
         rate = learning_rate(config, self.step)
         with phases("optimizer"):
             self._update(summary, norm, rate)
+        swapped: list[Any] = []
         if self.swapper is not None:
             with phases("swap"):
-                self.swapper.after_step(trainer, self.state)
+                swapped = self.swapper.after_step(trainer, self.state)
         if self.recorder is not None:
             with phases("trace"):
                 self.recorder.end_step(self.step)
@@ -241,6 +242,7 @@ class Session:
         self.step += 1
         record = self._record(summary, norm, rate, batch.total_tokens, time.perf_counter() - start, phases.seconds)
         record |= {"grad_norms": parts} if parts else {}
+        record |= {} if self.swapper is None else {"swaps": sum(swap is not None for swap in swapped)}
         self.warnings += self.health.warnings(record, summary.chosen_LE)
         return record
 

@@ -120,8 +120,8 @@ def test_every_rank_decides_the_same_swaps(tmp_path: Path):
         assert session.swapper is not None
         decided, whole = [], session.swapper.after_step
         session.swapper.after_step = lambda *given: decided.append(whole(*given)) or decided[-1]  # type: ignore[method-assign]
-        for _ in range(3):
-            session.train_step()
+        records = [session.train_step() for _ in range(3)]
+        assert [r["swaps"] for r in records] == [sum(s is not None for s in swaps) for swaps in decided]
         return [decided, [layer.planner.owned_RC.tolist() for layer in session.placed]]
 
     first, *others = run_ranks(4, rank)
