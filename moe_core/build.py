@@ -16,7 +16,7 @@ from .layer import MoELayer
 from .mesh import Mesh
 from .planners.budget import LayerShape, RoundRule
 from .planners.static import owners
-from .planning import make_planner
+from .planning import Planner, cost_model, make_planner
 from .residency.base import Residency
 from .residency.borrowed import Borrowed
 from .residency.fully_sharded import FullySharded
@@ -44,7 +44,7 @@ class Runtime:
     """Where a layer runs: operations, collectives, and this rank's groups by name.
 
     topology: of an expert group. stage_groups: those of hierarchical exchanges, where they are used. searches: the
-    thread beside the step in which planners look for layouts.
+    thread beside the step in which planners look for layouts. device_teraflops: as the cluster's file says.
     """
 
     ops: Ops
@@ -54,6 +54,7 @@ class Runtime:
     topology: Topology | None = None
     stage_groups: StageGroups = field(default_factory=dict)
     searches: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "layouts"))
+    device_teraflops: float | None = None
 
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -87,7 +88,8 @@ def make_runtime(
     topology = topology_of(cluster or ClusterConfig(), mesh.partition("expert"))
     hierarchical = parallel is not None and parallel.transport == "hierarchical_dedup"
     stage_groups = hierarchy_groups(comm, mesh, topology) if hierarchical else {}
-    return Runtime(ops, comm, mesh, groups, topology, stage_groups)
+    teraflops = None if cluster is None else cluster.device_teraflops
+    return Runtime(ops, comm, mesh, groups, topology, stage_groups, device_teraflops=teraflops)
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,12 @@ def build_layer(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec
         group=group,
         num_experts=moe.num_experts,
         router=router,
-        planner=make_planner(moe, parallel, group.size, _nodes(runtime), runtime.searches),
+        planner=_planner(moe, parallel, runtime, spec),
         transport=_transport(moe, parallel, runtime, spec.width),
         residency=residency,
         shared=shared,
         checkpoint_experts=spec.checkpoint_experts,
-        rounds=_rounds(moe, parallel, runtime, spec.width),
+        rounds=_rounds(moe, parallel, runtime, spec),
         whole=_whole(moe, parallel, runtime, spec),
     )
     parameters = router.parameters(spec.prefix) + residency.parameters(spec.prefix, spec.std_down) + shared_parameters
@@ -187,22 +189,33 @@ def _transport(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width
     return whole if tensor.size == 1 else SummedOverTensor(whole, ops, comm, tensor)
 
 
-def _rounds(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> RoundRule:
+def _planner(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> Planner:
+    ranks = runtime.groups["expert"].size
+    topology = runtime.topology or flat_topology(ranks)
+    cost = cost_model(topology, _shape(moe, spec), runtime.device_teraflops, spec.checkpoint_experts)
+    return make_planner(moe, parallel, ranks, _nodes(runtime), runtime.searches, cost)
+
+
+def _shape(moe: MoeConfig, spec: LayerSpec) -> LayerShape:
+    """For forecasts: rows as float32."""
+    return LayerShape(
+        moe.num_experts,
+        spec.width,
+        moe.expert_hidden_size,
+        moe.top_k,
+        bytes_per_element=4,
+        matrices=2 if moe.activation == "gelu" else 3,
+    )
+
+
+def _rounds(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> RoundRule:
     """ValueError where exchanges should run under compute and can't."""
     if parallel.overlap_chunks > 1 and runtime.comm.no_overlap is not None:
         raise ValueError(
             f"parallel.overlap_chunks={parallel.overlap_chunks}: exchanges don't run under compute on this backend "
             f"({runtime.comm.no_overlap}); set overlap_chunks=1"
         )
-    shape = LayerShape(
-        moe.num_experts,
-        width,
-        moe.expert_hidden_size,
-        moe.top_k,
-        bytes_per_element=4,
-        matrices=2 if moe.activation == "gelu" else 3,
-    )
-    return RoundRule(parallel.max_rows_per_rank, parallel.over_budget, parallel.overlap_chunks, shape)
+    return RoundRule(parallel.max_rows_per_rank, parallel.over_budget, parallel.overlap_chunks, _shape(moe, spec))
 
 
 def _hierarchy(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> Hierarchy:

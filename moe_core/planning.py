@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +14,13 @@ from .config import MoeConfig, ParallelConfig
 from .placement import Placed
 from .plan import Plan
 from .planners.background import BackgroundSearch
+from .planners.budget import LayerShape
+from .planners.cost import CostModel
 from .planners.layout import Layout, strided_layout, tiled_layout
 from .planners.least_loaded import LeastLoadedOptions, plan_least_loaded, plan_least_loaded_sharded
 from .planners.relayout import RelayoutOptions, RelayoutState, plan_relayout, start
 from .planners.static import owners, plan_static, slot_table
+from .topology import Topology
 
 
 class Planner(Protocol):
@@ -97,12 +101,16 @@ def make_planner(
     ranks: int,
     node_of: tuple[int, ...] | None = None,
     executor: Executor | None = None,
+    cost: CostModel | None = None,
 ) -> Planner:
-    """The planner of a layer whose experts live on `ranks` ranks. executor: of searches (None: its own thread)."""
+    """The planner of a layer whose experts live on `ranks` ranks.
+
+    executor: of searches (None: its own thread); cost: what they weigh layouts by (None: the published figures).
+    """
     home_RC = slot_table(owners(moe.num_experts, ranks), ranks)
     sharded = parallel.residency == "fully_sharded"
     if parallel.planner == "relayout":
-        options = relayout_options(parallel, slot_count(moe, parallel, ranks), node_of)
+        options = relayout_options(parallel, slot_count(moe, parallel, ranks), node_of, cost)
         first = tiled_layout(moe.num_experts, ranks, options.slots_per_rank)
         memory = start(first, moe.num_experts, options)
         return Relayout(options, memory, None if sharded else home_RC, executor or ThreadPoolExecutor(1))
@@ -149,7 +157,20 @@ def least_loaded_options(parallel: ParallelConfig, node_of: tuple[int, ...] | No
     )
 
 
-def relayout_options(parallel: ParallelConfig, slots: int, node_of: tuple[int, ...] | None = None) -> RelayoutOptions:
+def cost_model(topology: Topology, layer: LayerShape, teraflops: float | None, recompute: bool) -> CostModel | None:
+    """LAER's cost from the cluster's lines and its devices' rate, exact fractions of them. None where either is
+    missing: seconds of two machines do not add up."""
+    far, near = topology.levels[0].within, topology.levels[min(1, topology.depth - 1)].within
+    if teraflops is None or not far.beta or not near.beta:
+        return None
+    row_seconds = Fraction(layer.row_flops) / (Fraction(teraflops) * 10**12)
+    betas = [Fraction(link.beta) * layer.row_bytes for link in (near, far)]
+    return CostModel(row_near=betas[0], row_far=betas[1], row_compute=row_seconds, recompute=recompute)
+
+
+def relayout_options(
+    parallel: ParallelConfig, slots: int, node_of: tuple[int, ...] | None = None, cost: CostModel | None = None
+) -> RelayoutOptions:
     """The numbers of `parallel.relayout`, exact."""
     c = parallel.relayout
     return RelayoutOptions(
@@ -160,4 +181,5 @@ def relayout_options(parallel: ParallelConfig, slots: int, node_of: tuple[int, .
         hysteresis=c.hysteresis,
         skip_below=c.skip_below,
         rotate=c.rotate,
+        cost=cost or CostModel(),
     )

@@ -159,6 +159,11 @@ class LayerShape:
         return self.matrices * self.hidden_size * self.expert_hidden_size * self.bytes_per_element
 
     @property
+    def row_flops(self) -> int:
+        """One row through its expert, forward."""
+        return 2 * self.matrices * self.hidden_size * self.expert_hidden_size
+
+    @property
     def row_bytes(self) -> int:
         """One row on the wire, one way."""
         return self.hidden_size * self.bytes_per_element

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from twinmoe.moe_core.config import MoeConfig, ParallelConfig
 from twinmoe.moe_core.planners import relayout
+from twinmoe.moe_core.planners.budget import LayerShape
+from twinmoe.moe_core.planners.cost import CostModel
 from twinmoe.moe_core.planners.layout import tiled_layout
 from twinmoe.moe_core.planners.relayout import RelayoutOptions, plan_relayout
-from twinmoe.moe_core.planning import Planner, make_planner, relayout_options
+from twinmoe.moe_core.planning import Planner, cost_model, make_planner, relayout_options
+from twinmoe.moe_core.topology import Level, Link, Topology, flat_topology
 
 MOE = MoeConfig(num_experts=6, top_k=2)
 LAER = ParallelConfig.model_validate(
@@ -106,3 +109,17 @@ def test_planners_without_memory_have_nothing_to_save_or_tell(parallel: dict[str
     planner.plan(drifting(1)[0], True)
     assert planner.state() == {}
     assert planner.figures() == {}
+
+
+def test_the_cost_of_a_layout_comes_from_the_cluster_s_lines_and_its_devices_rate() -> None:
+    shape = LayerShape(8, 4096, 14336, 2)
+    levels = (Level("cluster", 1, Link(1e-4, 2e-8)), Level("node", 2, Link(1e-5, 5e-9)))
+    cost = cost_model(Topology(4, levels), shape, 215.0, recompute=True)
+    assert cost is not None
+    assert float(cost.row_far) == pytest.approx(8192 * 2e-8)
+    assert float(cost.row_near) == pytest.approx(8192 * 5e-9)
+    assert float(cost.row_compute) == pytest.approx(1.638e-6, rel=1e-3)  # as profiled for a Mixtral expert
+    assert relayout_options(LAER, 2, None, cost).cost is cost
+    assert cost_model(Topology(4, levels), shape, None, True) is None
+    assert cost_model(flat_topology(4), shape, 215.0, True) is None
+    assert relayout_options(LAER, 2).cost == CostModel()
