@@ -39,8 +39,8 @@ RUN_ELSEWHERE = {
     "bench schemes": "tests/moe_core/test_bench_schemes.py",
     "data export": "tests/moe_core/test_data.py",
     "configs copy": "tests/moe_core/test_cli.py",
-    "convert from-hf": "tests/end_to_end/test_huggingface.py",
-    "convert to-hf": "tests/end_to_end/test_huggingface.py",
+    "convert from-hf": "tests/end_to_end/test_huggingface_page.py",
+    "convert to-hf": "tests/end_to_end/test_finetune.py",
 }
 """Commands that take long or need what a page can't bring: where they are run."""
 
