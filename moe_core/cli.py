@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import cli_compare, cli_convert, packaged
+from . import cli_compare, cli_convert, cli_trace, packaged
 from .combinations import ConfigError
 from .launch import JobFailedError
 from .worker import REQUEST_ERRORS
@@ -46,6 +46,7 @@ app.add_typer(configs_app, name="configs")
 app.add_typer(data_app, name="data")
 cli_compare.register(app)
 cli_convert.register(app)
+cli_trace.register(app)
 
 
 @app.command()

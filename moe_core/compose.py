@@ -22,6 +22,8 @@ from .yaml_text import parse_file, parse_scalar
 
 CUSTOM = "custom"
 """`parallel.scheme` of a combination that has no name."""
+AUTO = "auto"
+"""`parallel.scheme` that `train` replaces at the start by what `plan` would choose."""
 AXES = ("planner", "placement", "transport", "residency")
 
 Raw = dict[str, Any]
@@ -123,7 +125,7 @@ def _apply(into: Raw, layer: Mapping[str, Any], folder: Path, seen: tuple[Path, 
         _merge(nested, _nest(str(key), value))
     parallel = nested.get("parallel")
     scheme = parallel.get("scheme") if isinstance(parallel, dict) else None
-    if isinstance(scheme, str) and scheme != CUSTOM and not _is_scheme_file(seen):
+    if isinstance(scheme, str) and scheme not in (CUSTOM, AUTO) and not _is_scheme_file(seen):
         _apply_file(into, scheme, KINDS["scheme"], folder, seen)
     _merge(into, nested)
 
@@ -135,7 +137,7 @@ def _is_scheme_file(seen: tuple[Path, ...]) -> bool:
 
 def _named(config: Config) -> Config:
     """A scheme whose axes were changed afterwards loses its name."""
-    if config.parallel.scheme == CUSTOM:
+    if config.parallel.scheme in (CUSTOM, AUTO):
         return config
     written = parse_file(locate(config.parallel.scheme, KINDS["scheme"], Path.cwd())).get("parallel", {})
     if all(getattr(config.parallel, axis) == written.get(axis, getattr(config.parallel, axis)) for axis in AXES):

@@ -99,36 +99,62 @@ class _Tally:
     depth: int = 0
     swaps: int = 0
 
-    def add(self, group: int, copies: int, costs: Sequence[LayerCost]) -> None:
-        """The micro-batches of one layer in a group of which the job has `copies`."""
-        seconds = self.seconds.setdefault(group, {})
+    def add(self, group: int, copies: int, costs: Sequence[LayerCost], times: tuple[int, float]) -> None:
+        """The micro-batches of one layer in a group of which the job has `copies`. times: layers like this one, and
+        micro-batches of a step for each of `costs`."""
+        seconds, (layers, micros) = self.seconds.setdefault(group, {}), times
         for cost in costs:
             for part, value in cost.seconds.items():
-                seconds[part] = seconds.get(part, 0.0) + value
+                seconds[part] = seconds.get(part, 0.0) + layers * micros * value
             for level, sent in cost.bytes_per_level.items():
-                self.bytes_per_level[level] = self.bytes_per_level.get(level, 0) + copies * sent
+                self.bytes_per_level[level] = self.bytes_per_level.get(level, 0) + round(
+                    copies * layers * micros * sent
+                )
             self.ratios.append(cost.ratio)
             self.depth = max(self.depth, cost.depth)
-        extra = costs[0].rows_R - costs[0].rows_R.mean()
+        extra = layers * (costs[0].rows_R - costs[0].rows_R.mean())
         self.extra_rows[group] = self.extra_rows.get(group, 0.0) + extra
-        self.held += costs[0].held_bytes if group == 0 else 0
+        self.held += layers * costs[0].held_bytes if group == 0 else 0
 
 
-def simulate(
-    ways: Mapping[str, Config], ranks: int, source: Source, rates: Rates, settle: int = 1, whole: bool = True
-) -> list[StepCost]:
-    """The last step of `source` under each way of running (a config by name), slowest group.
+@dataclass(frozen=True)
+class Task:
+    """What is simulated. settle: how often a planner sees the first step before it counts (layouts that lag; experts
+    that swap). whole: dense parts, reductions and the optimizer too; else the MoE layers alone, for one micro-batch.
 
-    settle: how often a planner sees the first step before it counts (layouts that lag; experts that swap). whole: add
-    dense parts, reductions and the optimizer; else the MoE layers alone. ConfigError where ranks do not form a mesh.
+    alike: (layer, how many layers of the model are like it); None: each layer of the model for itself.
+    """
+
+    source: Source
+    settle: int = 1
+    whole: bool = True
+    alike: tuple[tuple[int, int], ...] | None = None
+
+
+def simulate(ways: Mapping[str, Config], ranks: int, task: Task, rates: Rates) -> list[StepCost]:
+    """The last step of the source under each way of running (a config by name), slowest group.
+
+    ConfigError where ranks do not form a mesh.
     """
     tallies = {name: _tally(config, ranks, rates) for name, config in ways.items()}
     first = next(iter(ways.values()))
-    for layer in range(moe_layers(first)):
-        steps = source(layer)
+    for layer, times in task.alike or tuple((layer, 1) for layer in range(moe_layers(first))):
+        steps = task.source(layer)
         for name, config in ways.items():
-            _run_layer(config, tallies[name], steps, settle)
-    return [_finish(name, config, tallies[name], ranks, whole) for name, config in ways.items()]
+            _run_layer(config, tallies[name], steps, task, times)
+    return [_finish(name, config, tallies[name], ranks, task.whole) for name, config in ways.items()]
+
+
+def tokens_per_micro_batch(config: Config, mesh: Mesh) -> int:
+    """Tokens of one rank in one micro-batch."""
+    share = max(1, config.train.global_batch_size // mesh.token_ranks)
+    return (config.train.micro_batch_size or share) * config.train.sequence_length
+
+
+def micro_batches(config: Config, mesh: Mesh) -> int:
+    """Micro-batches of a step."""
+    share = max(1, config.train.global_batch_size // mesh.token_ranks)
+    return share // (config.train.micro_batch_size or share)
 
 
 def _tally(config: Config, ranks: int, rates: Rates) -> _Tally:
@@ -139,8 +165,9 @@ def _tally(config: Config, ranks: int, rates: Rates) -> _Tally:
     return _Tally(site_of(config, mesh, rates, shape), mesh)
 
 
-def _run_layer(config: Config, tally: _Tally, steps: Sequence[Sequence[Choices]], settle: int) -> None:
+def _run_layer(config: Config, tally: _Tally, steps: Sequence[Sequence[Choices]], task: Task, times: int) -> None:
     """One layer in all distinct groups."""
+    settle, micros = task.settle, micro_batches(config, tally.mesh) / len(steps[-1]) if task.whole else 1.0
     size = tally.mesh.expert
     split = [[_groups(choices, size) for choices in step] for step in steps]
     for group, copies in _distinct(split):
@@ -160,7 +187,7 @@ def _run_layer(config: Config, tally: _Tally, steps: Sequence[Sequence[Choices]]
             else:
                 run.swap(loads[-1])
         tally.swaps += run.swaps
-        tally.add(group, copies, costs)
+        tally.add(group, copies, costs, (times, micros))
 
 
 def _groups(choices: Choices, size: int) -> list[Load]:
@@ -210,7 +237,7 @@ def _finish(name: str, config: Config, tally: _Tally, ranks: int, whole: bool) -
 
 
 def _rest(config: Config, tally: _Tally) -> dict[str, float]:
-    """Dense compute, reductions of gradients, the optimizer."""
+    """Dense compute (attention that is cut over tensor ranks is summed once each way), reductions, the optimizer."""
     mesh, rates = tally.mesh, tally.site.rates
     tokens = config.train.global_batch_size // mesh.token_ranks * config.train.sequence_length
     dense = stored = 0
@@ -223,8 +250,11 @@ def _rest(config: Config, tally: _Tally) -> dict[str, float]:
     scores = config.model.num_layers * config.model.hidden_size * config.train.sequence_length / mesh.tensor
     again = 4 / 3 if config.train.recompute == "layer" else 1.0
     flops = again * 6.0 * tokens * (dense + scores)
+    inside = 4 * config.model.num_layers * micro_batches(config, mesh)
+    activations = tokens_per_micro_batch(config, mesh) * config.model.hidden_size * BYTES[config.train.dtype]
     return {
         "dense": flops / rates.flops_per_second,
+        "dense_sums": inside * tally.site.tensor.seconds(activations) if mesh.tensor > 1 else 0.0,
         "reduce": sum(_reduce_seconds(config, mesh, group, size) for group, size in reduced.items()),
         "optimizer": stored * rates.per_parameter,
     }

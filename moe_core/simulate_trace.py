@@ -9,7 +9,7 @@ import numpy as np
 from .combinations import ConfigError
 from .config import Config
 from .mesh import Mesh
-from .simulate import Choices, Source
+from .simulate import Choices, Source, tokens_per_micro_batch
 from .trace import Record, Trace
 from .trace_make import Synthetic
 
@@ -38,16 +38,10 @@ def source_of(trace: Trace, config: Config, mesh: Mesh) -> Source:
     return source
 
 
-def tokens_per_micro_batch(config: Config, mesh: Mesh) -> int:
-    """Tokens of one rank in one micro-batch."""
-    share = max(1, config.train.global_batch_size // mesh.token_ranks)
-    return (config.train.micro_batch_size or share) * config.train.sequence_length
-
-
-def micro_batches(config: Config, mesh: Mesh) -> int:
-    """Micro-batches of a step."""
-    share = max(1, config.train.global_batch_size // mesh.token_ranks)
-    return share // (config.train.micro_batch_size or share)
+def alike(trace: Trace, layers: int) -> tuple[tuple[int, int], ...]:
+    """(layer, how many of the model's layers take the same choices), for a model of so many MoE layers."""
+    recorded = min(len(trace.layers), layers)
+    return tuple((n, len(range(n, layers, len(trace.layers)))) for n in range(recorded))
 
 
 def synthetic_source(synthetic: Synthetic) -> Source:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .combinations import ConfigError
 from .synthetic import Skew, choose
-from .trace import SAMPLED, Record, TraceInfo, TraceWriter
+from .trace import SAMPLED, Record, Trace, TraceInfo, TraceWriter
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ def _sample(ids_TK: np.ndarray, most: int) -> np.ndarray:
     """At most so many tokens, evenly spread."""
     keep = np.linspace(0, len(ids_TK), min(most, len(ids_TK)), endpoint=False).astype(np.int64)
     return ids_TK[keep]
+
+
+def record_trace(synthetic: Synthetic) -> Trace:
+    """Made-up choices, without a file."""
+    return Trace(synthetic.info, {(r.step, r.layer, r.micro): r for r in synthetic.records()})
 
 
 def write(path: Path, info: TraceInfo, records: Iterable[Record]) -> int:

@@ -16,6 +16,7 @@ from .config import Config
 from .launch import Job, free_port, run_job
 from .progress import RunView
 from .run_folder import CONFIG, SUMMARY, default_run_dir, open_run_folder
+from .scheme_auto import advice_line, settled
 from .trackers import check_trackers
 from .worker import Order, train_rank
 
@@ -37,7 +38,7 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request after every check that needs no process."""
+    """A request after every check that needs no process. notes: why `scheme: auto` became what it is."""
 
     config: Config
     choice: Choice
@@ -45,6 +46,7 @@ class Resolved:
     run_dir: Path
     resume: str | None
     port: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def order(self) -> Order:
@@ -74,7 +76,8 @@ def resolve(request: TrainRequest) -> Resolved:
     check_trainable(config)
     check_trackers(config.train.trackers)
     run_dir = _run_dir(request, config)
-    return Resolved(config, choice, ranks, run_dir, request.resume, request.port)
+    done = settled(config, ranks, run_dir if request.resume is not None else None)
+    return Resolved(done.config, choice, ranks, run_dir, request.resume, request.port, done.reasons)
 
 
 def rank_count(nproc: str, backend: str) -> int:
@@ -103,16 +106,22 @@ def start(resolved: Resolved, console: Console) -> dict[str, Any]:
     open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
     told = resolved.config.communication.model_dump()
     job = Job(resolved.order, resolved.ranks, launcher_name(resolved.choice.name), port, told)
-    console.print(resolved.start_line(), highlight=False, soft_wrap=True)
+    for line in (resolved.start_line(), *resolved.notes):
+        console.print(line, highlight=False, soft_wrap=True)
     with RunView(resolved.run_dir, resolved.config.train.steps, console) as view:
-        return run_job(job, view)
+        summary = run_job(job, view)
+    advice = advice_line(resolved.config, resolved.ranks, resolved.run_dir) if resolved.notes else None
+    if advice is not None:
+        console.print(advice, highlight=False, soft_wrap=True)
+    return summary
 
 
 def _join(resolved: Resolved, console: Console) -> dict[str, Any]:
     launch = read_launch()
     if launch.rank == 0:
         open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
-        console.print(resolved.start_line(), highlight=False, soft_wrap=True)
+        for line in (resolved.start_line(), *resolved.notes):
+            console.print(line, highlight=False, soft_wrap=True)
     backend = load(resolved.choice.name, resolved.choice.decided_by)
     summary = train_rank(resolved.config, resolved.order, backend, launch)
     if launch.rank == 0:
