@@ -174,13 +174,13 @@ class LayerRun:
         own_done = (ready if sharded else arrive) + computed.own_R
         done = np.where(computed.lent_R > 0, np.maximum(own_done, ready), own_done) + computed.lent_R
         forward = float(done.max())
-        hidden = _hidden(chunks, x.dispatch + x.combine, float((computed.own_R + computed.lent_R).max()), latency)
+        hidden = _hidden(chunks, x.dispatch + x.combine, computed.most, latency)
         hidden_back = _hidden(chunks, x.combine_back + x.dispatch_back, float(computed.back_R.max()), latency)
         seconds = {
             "plan": latency * (2 if p.transport == "hierarchical_dedup" and p.deduplicate else 1),
             "dispatch": x.dispatch,
-            "weights": max(0.0, forward - x.dispatch - float((computed.own_R + computed.lent_R).max())),
-            "compute": float((computed.own_R + computed.lent_R).max()),
+            "weights": max(0.0, forward - x.dispatch - computed.most) if weights else 0.0,
+            "compute": computed.most,
             "combine": x.combine,
             "backward_exchanges": x.combine_back + x.dispatch_back,
             "backward_compute": float(computed.back_R.max()),
@@ -213,6 +213,11 @@ class _Compute:
     own_R: np.ndarray
     lent_R: np.ndarray
     back_R: np.ndarray
+
+    @property
+    def most(self) -> float:
+        """Forward of the busiest rank."""
+        return float((self.own_R + self.lent_R).max())
 
     @classmethod
     def of(cls, plan: Plan, rates: Rates) -> _Compute:
