@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .hf_files import (
     parse_header,
     read_header,
     tensor_bytes,
+    weight_files,
     write_file,
 )
 from .hf_names import Link, Shape, by_theirs, links, their_shape, to_theirs
@@ -50,16 +52,14 @@ def from_hf(folder: Path, out: Path) -> dict[str, Any]:
     """
     _check_new(out)
     source = TheirSource(folder)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / KEPT).mkdir(parents=True)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix not in _WEIGHTS:
-            shutil.copyfile(path, temporary / KEPT / path.name)
-    for path in source.shards.files:
-        (temporary / KEPT / (path.name + HEADER)).write_bytes(read_header(path))
-    _write_checkpoint(temporary, source)
-    temporary.rename(out)
+    with _made(out) as temporary:
+        (temporary / KEPT).mkdir()
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix not in _WEIGHTS:
+                shutil.copyfile(path, temporary / KEPT / path.name)
+        for path in source.shards.files:
+            (temporary / KEPT / (path.name + HEADER)).write_bytes(read_header(path))
+        _write_checkpoint(temporary, source)
     return {"folder": str(out), "model_type": source.about["model_type"], "tensors": len(source.shards.tensors)}
 
 
@@ -77,24 +77,34 @@ def to_hf(folder: Path, out: Path, dtype: str = "F32") -> dict[str, Any]:
     template = _template(source.checkpoint.folder, config)
     family, about = (family_of(template.about), None) if template else from_config(config)
     found = by_theirs(list(links(family, config)))
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if template is not None:
-        headers = template.copy_into(temporary)
-    else:
-        (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        headers = _new_headers(temporary, found, shapes, dtype)
-    for name, header in headers.items():
-        write_file(temporary / name, header, _their_values(header, found, shapes, source))
-    temporary.rename(out)
+    with _made(out) as temporary:
+        if template is not None:
+            headers = template.copy_into(temporary)
+        else:
+            (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            headers = _new_headers(temporary, found, shapes, dtype)
+        for name, header in headers.items():
+            write_file(temporary / name, header, _their_values(header, found, shapes, source))
     return {"folder": str(out), "model_type": family.model_type, "tensors": len(found), "template": bool(template)}
 
 
 def _check_new(out: Path) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists; name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _made(out: Path) -> Iterator[Path]:
+    """A folder that takes its name once all is written, and is gone if it was not."""
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 # --- into ours -----------------------------------------------------------------------------------
@@ -154,12 +164,10 @@ class Template:
 
     def copy_into(self, out: Path) -> dict[str, bytes]:
         """Copy what is no tensor; returns the headers of the files to be written."""
-        headers: dict[str, bytes] = {}
+        headers = {} if self.kept else {path.name: read_header(path) for path in weight_files(self.folder)}
         for path in sorted(self.folder.iterdir()):
             if self.kept and path.suffix == HEADER:
                 headers[path.name.removesuffix(HEADER)] = path.read_bytes()
-            elif not self.kept and path.suffix == ".safetensors":
-                headers[path.name] = read_header(path)
             elif path.is_file() and path.suffix not in _WEIGHTS:
                 shutil.copyfile(path, out / path.name)
         return headers

@@ -44,7 +44,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
-        self.files = _files(folder)
+        self.files = weight_files(folder)
         for file in self.files:
             self._add(file)
 
@@ -67,7 +67,8 @@ class Shards:
             self.tensors[name] = tensor
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Those that the index names; without one, all safetensors files."""
     index = folder / INDEX
     if index.is_file():
         named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -48,7 +48,8 @@ class OursTrainer(ExpertClipping, Trainer):
 
 
 def train(backend: Backend, launch: Launch, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run of the script after the other; a run: model, stock, parallel (None: the model as it is), folder."""
+    """One run of the script after the other; a run: the arguments of `_run`; parallel None: the model as
+    it is."""
     place = {"RANK": launch.rank, "LOCAL_RANK": launch.rank, "WORLD_SIZE": launch.size}
     place |= {"MASTER_ADDR": launch.address, "MASTER_PORT": launch.port}
     if launch.size > 1:
@@ -57,7 +58,13 @@ def train(backend: Backend, launch: Launch, runs: list[dict[str, Any]]) -> dict[
 
 
 def _run(
-    backend: Backend, launch: Launch, model: str, parallel: dict[str, Any] | None, folder: str, stock: bool = False
+    backend: Backend,
+    launch: Launch,
+    model: str,
+    parallel: dict[str, Any] | None,
+    folder: str,
+    stock: bool = False,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     words: dict[str, Any] = dict(
         output_dir=folder,
@@ -70,6 +77,7 @@ def _run(
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
+        gradient_checkpointing=recompute,
         ddp_backend="gloo" if launch.size > 1 else None,
     )
     args = TrainingArguments(**words)
