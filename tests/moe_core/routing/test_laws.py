@@ -29,7 +29,7 @@ FEW = hypothesis_settings(
 WIDTH, EXPERTS, LENGTH = 12, 6, 5
 
 
-@pytest.fixture(params=["reference", "cpu"], scope="module")
+@pytest.fixture(params=["reference", "cpu", pytest.param("mindspore-cpu", marks=pytest.mark.slow)], scope="module")
 def quick(request: pytest.FixtureRequest) -> Backend:
     """The backends that are cheap to ask often."""
     return load(request.param)
