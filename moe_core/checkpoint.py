@@ -10,13 +10,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
 
 from ..backends.protocol import Parameter, Piece
 from .parameters import join_parts, take_part
@@ -75,18 +77,17 @@ class Checkpoint:
 
     def __init__(self, folder: Path, share: tuple[int, int] = (0, 1)) -> None:
         self.folder = folder
-        self.manifest = _verified_manifest(folder, share)
-        self._entries: dict[tuple[str, str], list[Entry]] = {}
-        for row in self.manifest["tensors"]:
-            entry = Entry(**{**row, "shape": tuple(row["shape"])})
-            self._entries.setdefault((entry.kind, entry.name), []).append(entry)
-        for entries in self._entries.values():
-            self._check_cover(sorted(entries, key=lambda e: e.start))
         self._open: dict[str, Any] = {}
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest["step"])
+        self._entries: dict[tuple[str, str], list[Entry]] = {}
+        with understood(folder):
+            self.manifest = _verified_manifest(folder, share)
+            for entry in _ENTRIES.validate_json(json.dumps(self.manifest["tensors"]), strict=True):
+                self._entries.setdefault((entry.kind, entry.name), []).append(entry)
+            for entries in self._entries.values():
+                self._check_cover(sorted(entries, key=lambda e: e.start))
+            self.step, self.updates = _whole(self.manifest["step"]), _whole(self.manifest["updates"])
+            if self.updates > self.step:
+                raise ValueError(f"{self.updates} updates in {self.step} steps")
 
     @property
     def kinds(self) -> list[str]:
@@ -157,7 +158,10 @@ class Checkpoint:
     def _tensor(self, entry: Entry) -> np.ndarray:
         if entry.file not in self._open:
             self._open[entry.file] = safe_open(self.folder / entry.file, framework="numpy")
-        value = self._open[entry.file].get_tensor(entry.key)
+        try:
+            value = self._open[entry.file].get_tensor(entry.key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / entry.file} lacks {entry.key} ({error})") from error
         if (value.shape, value.dtype.name) != (entry.stored_shape, entry.dtype):
             raise CheckpointError(
                 f"{entry.key} in {self.folder / entry.file} is {value.dtype.name} {value.shape}, the manifest says "
@@ -180,6 +184,28 @@ class Checkpoint:
             reached = entry.extent if entry.stop is None else entry.stop
         if reached < first.extent:
             raise CheckpointError(f"{self.folder} holds only a part of {first.name}; take an older checkpoint")
+
+
+_ENTRIES = TypeAdapter(list[Entry])
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Around what reads a manifest: CheckpointError for one whose values are missing or of another kind."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{folder / MANIFEST} does not say what a manifest must ({type(error).__name__}: {first}); take another "
+            "checkpoint"
+        ) from error
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no number of steps")
+    return value
 
 
 def _verified_manifest(folder: Path, share: tuple[int, int]) -> dict[str, Any]:

@@ -181,8 +181,13 @@ def placed_layers(layers: Mapping[int, Any], parameters: Mapping[str, Parameter]
 
 
 def restore_placements(layers: Sequence[PlacedLayer], tables: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Take up tables of owned experts that another run saved, where it had the same ranks; else experts stay."""
+    """Take up tables of owned experts that another run saved, where it had the same ranks; else experts stay.
+
+    ValueError for a table in which an expert is missing or comes twice.
+    """
     for layer, table in zip(layers, tables):
         saved = np.asarray(table, np.int64)
         if saved.shape == layer.planner.owned_RC.shape:
+            if not np.array_equal(np.sort(saved, None), np.sort(layer.planner.owned_RC, None)):
+                raise ValueError("a placement in which not every expert has one place")
             layer.planner.owned_RC = saved

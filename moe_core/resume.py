@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backends.protocol import Communicator, Group
-from .checkpoint import Checkpoint, CheckpointError, logical_shapes
+from .checkpoint import Checkpoint, CheckpointError, logical_shapes, understood
 from .mesh import AXES, Mesh
 from .placement import restore_placements
 from .planning import Planner
@@ -135,21 +135,28 @@ def restore(session: Session, folders: Sequence[Path]) -> Resumed | None:
     if not folders:
         return None
     checkpoint, notes = open_newest(folders, session.comm, session.runtime.groups["world"])
+    with understood(checkpoint.folder):
+        bitwise, new = _restore_learned(session, checkpoint)
+    session.backend.trainer.load_tensors(session.state, checkpoint.values(session.parameters), checkpoint.updates)
+    session.step = checkpoint.step
+    return Resumed(checkpoint.folder, checkpoint.step, bitwise, (*notes, *new))
+
+
+def _restore_learned(session: Session, checkpoint: Checkpoint) -> tuple[bool, list[str]]:
+    """Everything but parameters and optimizer; whether the run will be the same bit for bit, and notes."""
     _check(session, checkpoint)
     manifest, state = checkpoint.manifest, checkpoint.state()
     same = _same_mesh(session, manifest)
-    notes += _changes(session, manifest)
+    notes = _changes(session, manifest)
     session.router_states.restore(manifest["router_states"])
     session.arrangement.restore(manifest["arrangement"])
     restore_placements(session.placed, manifest["placements"])
     notes += _restore_planners(session, state, same)
     session.guard.restore(manifest["guard"])
-    trainer = session.backend.trainer
-    trainer.load_tensors(session.state, checkpoint.values(session.parameters), int(manifest["updates"]))
-    session.step = checkpoint.step
     session.losses = state[LOSSES].tolist()
-    bitwise = same and _same_numbers(session, manifest)
-    return Resumed(checkpoint.folder, checkpoint.step, bitwise, tuple(notes))
+    if len(session.losses) != checkpoint.step:
+        raise ValueError(f"{len(session.losses)} losses of {checkpoint.step} steps")
+    return same and _same_numbers(session, manifest), notes
 
 
 def _check(session: Session, checkpoint: Checkpoint) -> None:

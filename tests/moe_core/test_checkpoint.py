@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,7 @@ def test_a_stack_without_experts_and_numbers_of_no_dimension_survive(tmp_path: P
     state = {"call": np.array(7), "window": np.zeros((0, 2, 3), np.int64)}
     write_shard(tmp_path / "checkpoints" / "new", 0, specs, groups, tensors, state)
     final = tmp_path / "checkpoints" / "step_00000001"
-    publish(tmp_path / "checkpoints" / "new", final, 1, {"step": 1})
+    publish(tmp_path / "checkpoints" / "new", final, 1, {"step": 1, "updates": 1})
     checkpoint = Checkpoint(final)
     found = {name: value for name, _, value in checkpoint.values(specs)}
     np.testing.assert_array_equal(found["w"], np.arange(6.0).reshape(2, 3))
@@ -283,3 +284,61 @@ def test_a_stack_without_experts_and_numbers_of_no_dimension_survive(tmp_path: P
     assert checkpoint.state()["call"] == 7
     assert checkpoint.state()["call"].shape == ()
     assert checkpoint.state()["window"].shape == (0, 2, 3)
+
+
+# --- manifests that somebody made up -----------------------------------------------------------------
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of everything in a JSON value; of long lists the first two."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    return [path, *(p for key, part in inside for p in places(part, (*path, key)))]
+
+
+def changed(manifest: dict[str, Any], path: tuple[Any, ...], new: Any) -> dict[str, Any]:
+    """Another value at the path; ... takes the place out."""
+    found = json.loads(json.dumps(manifest))
+    holder = found
+    for key in path[:-1]:
+        holder = holder[key]
+    if new is ...:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = new
+    return found
+
+
+FOREIGN = (..., None, -1, 0, 1.5, 10**12, "", "x", [], [[]], {}, {"a": 1}, True, "../x")
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_a_made_up_manifest_is_refused_or_taken_but_never_an_accident(run_dir: Path, data: st.DataObject) -> None:
+    """Fuzz: any value of it missing or of another kind, with right checksums."""
+    folder = newest(run_dir)
+    kept = {name: (folder / name).read_bytes() for name in (MANIFEST, SUMS)}
+    manifest = json.loads(kept[MANIFEST])
+    path = data.draw(st.sampled_from(places(manifest)[1:]))
+    forged = changed(manifest, path, data.draw(st.sampled_from(FOREIGN)))
+    text = run_dir.parent / "text.txt"
+    try:
+        (folder / MANIFEST).write_text(json.dumps(forged))
+        files = forged.get("files")
+        sums = {MANIFEST: hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}
+        sums |= {n: d for n, d in files.items() if isinstance(d, str)} if isinstance(files, dict) else {}
+        (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        told = resumed_or_refused(text, folder)
+        assert told
+        assert "\n" not in told
+    finally:
+        for name, content in kept.items():
+            (folder / name).write_bytes(content)
+
+
+def resumed_or_refused(text: Path, folder: Path) -> str:
+    """Go on with two steps after a checkpoint of four; or the sentence by which it is refused."""
+    with tempfile.TemporaryDirectory() as other:
+        try:
+            summary = virtual(2, order("laer", text, Path(other) / "run", folder, save_every=0, steps=6))
+        except CheckpointError as error:
+            return str(error)
+    assert summary["steps"] == len(summary["losses"]) == 6
+    return "resumed"
