@@ -62,6 +62,7 @@ def test_losses_do_not_depend_on_ranks_or_schemes(name: str, models: Path) -> No
         np.testing.assert_allclose(found, alone, rtol=1e-9, err_msg=str(scheme))
 
 
+@pytest.mark.slow
 def test_a_trained_model_goes_back_to_transformers(models: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -17,7 +17,7 @@ from twinmoe.moe_core.checkpoint import Checkpoint, logical_shapes
 from twinmoe.moe_core.combinations import ConfigError
 from twinmoe.moe_core.compose import load_config
 from twinmoe.moe_core.config import Config
-from twinmoe.moe_core.hf_config import from_config, to_config
+from twinmoe.moe_core.hf_config import differences, from_config, to_config
 from twinmoe.moe_core.hf_files import make_header, narrowed, parse_header, read_header, widened, write_file
 from twinmoe.moe_core.hf_names import by_theirs, links, their_shape
 from twinmoe.moe_core.mesh import Mesh
@@ -142,6 +142,71 @@ def test_the_packaged_shapes_have_as_many_parameters_as_the_models_of_transforme
     with torch.device("meta"):
         theirs = kind(kind.config_class(**about))
     assert shapes(load_config(name)).parameters_total == sum(p.numel() for p in theirs.parameters())
+
+
+GPT_OSS_120B = {
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+@pytest.mark.parametrize(("name", "about"), [("gpt-oss-120b", GPT_OSS_120B), ("qwen3-30b-a3b", QWEN3_30B_A3B)])
+def test_configs_as_older_versions_wrote_them_are_the_packaged_shapes(name: str, about: dict[str, Any]) -> None:
+    assert differences(to_config(about), load_config(name)) == []
 
 
 # --- what does not belong ------------------------------------------------------------------------
