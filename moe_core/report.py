@@ -10,6 +10,7 @@ from pathlib import Path
 from .combinations import ConfigError
 from .compare import marked, scheme_row
 from .compare_figures import RunFolder, read_run
+from .report_advice import advice_of
 from .report_data import chart_data
 from .report_page import page
 
@@ -28,6 +29,7 @@ def write_report(folders: Sequence[Path], out: Path) -> dict[str, object]:
         "marks": [row["marks"] for row in rows],
         "made": time.strftime("%Y-%m-%d %H:%M %Z"),
         "plotly": _plotly(),
+        "advice": [advice_of(run) for run in runs],
     }
     try:
         out.write_text(page(runs, labels, about), encoding="utf-8")

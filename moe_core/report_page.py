@@ -37,7 +37,7 @@ _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def page(runs: Sequence[RunFolder], labels: Sequence[str], about: Mapping[str, Any]) -> str:
     """The whole document. about: `data` (of `report_data`), `marks` (of each run), `made` (when), `plotly` (its code),
-    `advice` (what a planner would choose, by run; may be empty)."""
+    `advice` (what a planner would choose, by run)."""
     told = [html.escape(label) for label in labels]
     body = [
         _head(told, about),
@@ -46,7 +46,7 @@ def page(runs: Sequence[RunFolder], labels: Sequence[str], about: Mapping[str, A
         _curves(),
         _maps(told),
         _costs(),
-        _advice(told, about.get("advice", ())),
+        _advice(told, about["advice"]),
         _configs(runs, told),
         _environments(runs, told),
     ]
@@ -182,8 +182,6 @@ def _costs() -> str:
 
 
 def _advice(told: Sequence[str], advice: Sequence[str]) -> str:
-    if not advice:
-        return ""
     rows = [(label, [html.escape(text)]) for label, text in zip(told, advice)]
     return "<h2>What plan would choose</h2>" + _table(("run", "advice"), rows, text=True)
 

@@ -39,6 +39,12 @@ RUN_ELSEWHERE = {
     "bench schemes": "tests/moe_core/test_bench_schemes.py",
     "data export": "tests/moe_core/test_data.py",
     "configs copy": "tests/moe_core/test_cli.py",
+    "trace record": "tests/moe_core/test_cli_trace.py",
+    "trace import": "tests/moe_core/test_cli_trace.py",
+    "trace synth": "tests/moe_core/test_cli_trace.py",
+    "trace show": "tests/moe_core/test_cli_trace.py",
+    "simulate": "tests/moe_core/test_cli_trace.py",
+    "plan": "tests/moe_core/test_cli_trace.py",
     "convert from-hf": "tests/end_to_end/test_huggingface_page.py",
     "convert to-hf": "tests/end_to_end/test_finetune.py",
 }

@@ -44,6 +44,7 @@ def test_the_page_asks_for_nothing_and_says_what_differs(made: Path) -> None:
     assert "<b>odd" not in own
     assert "moe.top_k" in own
     assert "0 of 100 (has not ended)" in own
+    assert own.count("This run recorded no choices") == 3
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
