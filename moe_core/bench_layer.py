@@ -76,6 +76,7 @@ def run(backend: Backend, request: LayerRequest) -> dict[str, Any]:
     shape, ops (fused or plain), num_experts, top_k, hidden_size, expert_hidden_size, forward_milliseconds,
     milliseconds (forward and backward), least and most milliseconds, microseconds_per_row (of both, for each token's
     copy), teraflops (of both, experts' products alone), optimizer_milliseconds (None unless asked), parameters,
+    copy_seconds_per_gib (rows into another order),
     activation_bytes (floating arrays that operations returned in a forward pass) and peak_memory_bytes (of a device,
     above what the layer itself holds; None on a host, whose processes keep what they once had).
     ConfigError for an unknown config or skew.
@@ -102,7 +103,8 @@ def _measure(backend: Backend, request: LayerRequest, name: str, config: Config)
             _call(backend, contender, timed=turn >= WARM_UP)
     for contender in made if backend.devices is not None else []:
         contender.peak = _peak(backend, contender)
-    return [_row(request, name, config, contender) for contender in made]
+    copied = _copy_seconds(backend, request, config)
+    return [{**_row(request, name, config, contender), "copy_seconds_per_gib": copied} for contender in made]
 
 
 def _contender(backend: Backend, request: LayerRequest, config: Config, kind: str) -> Contender:
@@ -177,6 +179,25 @@ def _peak(backend: Backend, contender: Contender) -> int:
     peak = trainer.peak_memory() - before
     trainer.step(contender.state, 0.0)
     return max(0, peak)
+
+
+def _copy_seconds(backend: Backend, request: LayerRequest, config: Config) -> float:
+    """Seconds to bring 1 GiB of rows into another order: what an exchange does on each side besides sending."""
+    ops, rows = backend.ops, request.tokens * config.moe.top_k
+    rng = np.random.default_rng(2)
+    x_ND = ops.cast(
+        ops.asarray(rng.standard_normal((rows, config.model.hidden_size)).astype(np.float32)), request.dtype
+    )
+    order = ops.asarray(rng.permutation(rows))
+    taken = []
+    for _ in range(request.repeats + WARM_UP):
+        backend.trainer.synchronize()
+        began = time.perf_counter()
+        ops.take_rows(x_ND, order)
+        backend.trainer.synchronize()
+        taken.append(time.perf_counter() - began)
+    size = rows * config.model.hidden_size * BYTES[request.dtype]
+    return statistics.median(taken[WARM_UP:]) * 2**30 / size
 
 
 def _row(request: LayerRequest, name: str, config: Config, contender: Contender) -> dict[str, Any]:

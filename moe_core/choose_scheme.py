@@ -32,6 +32,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "exchanges of rows": ("plan", "dispatch", "combine", "backward_exchanges", "tensor"),
     "experts' compute": ("compute", "backward_compute", "recompute"),
     "moving weights": ("weights", "backward_weights"),
+    "rearranging rows": ("copies",),
     "dense layers": ("dense", "dense_sums"),
     "reducing gradients": ("reduce",),
     "the optimizer": ("optimizer",),

@@ -145,6 +145,7 @@ class LayerRun:
         rounds = rule.apply(plan).rounds if rule.exceeded(plan) else 1
         seconds = self._forward_backward(plan, exchange, weights, rounds)
         seconds |= self._inside_tensor_group(moved, load, size)
+        seconds["copies"] = self._copied(plan, moved, lent) * site.rates.per_byte
         return LayerCost(
             seconds=seconds,
             bytes_per_level=_bytes_per_level(moved, site.topology, lent),
@@ -192,6 +193,17 @@ class LayerRun:
         elif again == "experts":
             seconds["recompute"] = seconds["compute"] + weights
         return seconds
+
+    def _copied(self, plan: Plan, moved: tuple[Traffic, ...], lent_RR: np.ndarray) -> float:
+        """Bytes that the busiest rank rearranges on itself, forward and backward: rows before they leave and where they
+        arrive, results before they return; stages of a hierarchy once more each; gathered or lent weights three times
+        forward and four times backward (packed, cut, stacked, and gradients added up)."""
+        if not moved:
+            return 0.0
+        rows = float(max(t.sent.sum(1).max() + t.sent.sum(0).max() for t in moved))
+        computed = float(plan.rows_per_rank().max()) * self.site.shape.row_bytes
+        weights = float(max(lent_RR.sum(0).max(), lent_RR.sum(1).max()))
+        return 2 * (len(moved) * rows + computed) + 7 * weights
 
     def _inside_tensor_group(self, moved: tuple[Traffic, ...], load: Load, size: RowSize) -> dict[str, float]:
         """All-gathers and reduce-scatters of a group-wise exchange, or the sum of split experts' parts; and back."""

@@ -33,13 +33,15 @@ class Line:
 class Rates:
     """forward, backward: of one rank's experts; expert_parameters: of the experts that were measured.
 
-    per_parameter: seconds of the optimizer. note: where they come from.
+    per_parameter: seconds of the optimizer; per_byte: of bringing rows or weights into another order on a device. note:
+    where they come from.
     """
 
     forward: Line
     backward: Line
     expert_parameters: int
     per_parameter: float = 0.0
+    per_byte: float = 0.0
     note: str = ""
 
     def of(self, shape: LayerShape) -> Rates:
@@ -69,7 +71,7 @@ def rates_of_teraflops(teraflops: float, shape: LayerShape, per_parameter: float
     parameters = shape.matrices * shape.hidden_size * shape.expert_hidden_size
     row = 2.0 * parameters / (teraflops * 1e12)
     note = f"{teraflops:g} TFLOP/s"
-    return Rates(Line(per_row=row), Line(per_row=2 * row), parameters, per_parameter, note)
+    return Rates(Line(per_row=row), Line(per_row=2 * row), parameters, per_parameter, note=note)
 
 
 def rates_of_bench(reports: Sequence[Mapping[str, Any]], shape: LayerShape, ops: str = "fused") -> Rates:
@@ -83,22 +85,34 @@ def rates_of_bench(reports: Sequence[Mapping[str, Any]], shape: LayerShape, ops:
         raise ConfigError(
             f"the reports of bench layer hold no rows of {ops} operations; run `twinmoe bench layer --json`"
         )
-    wanted = shape.hidden_size * shape.expert_hidden_size
-    sizes = {row["hidden_size"] * row["expert_hidden_size"] for _, row in points}
-    nearest = min(sizes, key=lambda size: (abs(np.log(size / wanted)), size))
-    near = [(t, r) for t, r in points if r["hidden_size"] * r["expert_hidden_size"] == nearest]
+    near = _nearest(points, shape)
+    parameters = near[0][1]["hidden_size"] * near[0][1]["expert_hidden_size"]
     rows = np.array([t * r["top_k"] for t, r in near], float)
     experts = np.array([r["num_experts"] for _, r in near], float)
     forward = np.array([1e-3 * r["forward_milliseconds"] for _, r in near])
     both = np.array([1e-3 * r["milliseconds"] for _, r in near])
     updates = [1e-3 * r["optimizer_milliseconds"] / r["parameters"] for _, r in near if r.get("optimizer_milliseconds")]
+    copies = [r["copy_seconds_per_gib"] / 2**30 for _, r in near if r.get("copy_seconds_per_gib")]
     return Rates(
         forward=_line(rows, experts, forward),
         backward=_line(rows, experts, both - forward),
-        expert_parameters=shape.matrices * nearest,
+        expert_parameters=shape.matrices * parameters,
         per_parameter=float(np.median(updates)) if updates else 0.0,
+        per_byte=float(np.median(copies)) if copies else 0.0,
         note=f"bench layer, {len(near)} points",
     ).of(shape)
+
+
+def _nearest(points: Sequence[tuple[int, Any]], shape: LayerShape) -> list[tuple[int, Any]]:
+    """The points of one pair of widths: of the experts nearest in parameters, and there of the nearest width."""
+
+    def distance(widths: tuple[int, int]) -> tuple[float, float]:
+        parameters = widths[0] * widths[1] / (shape.hidden_size * shape.expert_hidden_size)
+        return abs(float(np.log(parameters))), abs(float(np.log(widths[0] / shape.hidden_size)))
+
+    found = [((r["hidden_size"], r["expert_hidden_size"]), (t, r)) for t, r in points]
+    best = min((widths for widths, _ in found), key=distance)
+    return [point for widths, point in found if widths == best]
 
 
 def _line(rows: np.ndarray, experts: np.ndarray, seconds: np.ndarray) -> Line:
