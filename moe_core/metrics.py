@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .saving import STORAGE_ERRORS
 from .trackers import Tracker
 
 METRICS = "metrics.jsonl"
@@ -19,13 +21,16 @@ class MetricsWriter:
 
     done: steps done before. Records past them, from a run that went further than its last checkpoint, go;
     with 0 the run starts anew. A tracker that fails is left out from then on, with its traceback in the rank's log.
+    lost: records for which a full or failing disk had no room; all others are whole lines.
     """
 
     def __init__(self, run_dir: Path, done: int = 0, trackers: Sequence[Tracker] = ()) -> None:
+        path, self.lost = run_dir / METRICS, 0
         kept = [record for record in read_metrics(run_dir) if record["step"] <= done]
-        self._lines = (run_dir / METRICS).open("w", encoding="utf-8")
-        self._lines.writelines(json.dumps(record) + "\n" for record in kept)
-        self._lines.flush()
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        fresh.replace(path)  # at no moment is there less than what was kept
+        self._lines = path.open("ab", buffering=0)
         self._trackers = list(trackers)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
@@ -34,14 +39,24 @@ class MetricsWriter:
         record: numbers, lists of numbers and mappings of those. Numbers that are not finite are written as
         text, so that every line is JSON; trackers get single numbers, "a/b" for the key b of a mapping a.
         """
-        self._lines.write(json.dumps(_finite({"step": step, **record})) + "\n")
-        self._lines.flush()
+        self._append((json.dumps(_finite({"step": step, **record})) + "\n").encode())
         scalars = dict(_scalars(record))
         self._tell(lambda tracker: tracker.write(step, scalars))
 
     def close(self) -> None:
         self._lines.close()
         self._tell(lambda tracker: tracker.close())
+
+    def _append(self, line: bytes) -> None:
+        before = self._lines.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._lines.write(line) or 0 :]
+        except OSError as error:
+            if error.errno not in STORAGE_ERRORS:
+                raise
+            self._lines.truncate(before)
+            self.lost += 1
 
     def _tell(self, what: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):

@@ -6,6 +6,7 @@ Only the process that the user started prints; it follows the run folder's metri
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +24,16 @@ class Follower:
     """Reads the records that appear in a growing metrics.jsonl."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset, self._rest = path, 0, b""
+        self._path, self._file, self._offset, self._rest = path, 0, 0, b""
 
     def new_records(self) -> list[dict[str, Any]]:
-        """Whole lines since the last call; starts over if the file was cut."""
+        """Whole lines since the last call; starts over with another file of that name, which a resumed run makes."""
         if not self._path.exists():
             return []
-        if self._path.stat().st_size < self._offset:
-            self._offset, self._rest = 0, b""
         with self._path.open("rb") as lines:
+            file = os.fstat(lines.fileno()).st_ino
+            if file != self._file:
+                self._file, self._offset, self._rest = file, 0, b""
             lines.seek(self._offset)
             text = self._rest + lines.read()
             self._offset = lines.tell()

@@ -191,6 +191,8 @@ class Session:
                 if self.stopping or (train.save_every and self.step % train.save_every == 0):
                     self.save()
             self.saver.finish()
+            if writer is not None and writer.lost:
+                self.warnings.append(f"{writer.lost} records of metrics.jsonl were NOT written: the disk is full")
             if self.stopping and self.saver.written != self.step:
                 raise NotSavedError(*self.saver.warnings[-1:])
             seconds = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from twinmoe.moe_core.metrics import METRICS, MetricsWriter, read_metrics
+from twinmoe.moe_core.progress import Follower
 
 RECORD = {"loss": 2.5, "tokens": 7, "expert_load": [[1, 2], [3, 4]], "phases": {"data": 0.5}, "note": "text"}
 
@@ -90,3 +92,64 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     MetricsWriter(tmp_path).close()
     assert read_metrics(tmp_path) == []
     assert read_metrics(tmp_path / "absent") == []
+
+
+def test_a_full_disk_costs_records_and_leaves_whole_lines(tmp_path: Path) -> None:
+    """What was written of a line before the disk was full goes; the next one that fits is a line of its own."""
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, RECORD)
+
+    class Full:
+        """The file, on a disk with room for ten bytes more."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.left = inner, 10
+
+        def write(self, data: bytes) -> int:
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written, self.left = self.inner.write(data[: self.left]), 0
+            return written
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    real = writer._lines
+    writer._lines = Full(real)  # type: ignore[assignment]
+    writer.write(2, RECORD)
+    writer._lines = real
+    writer.write(3, RECORD)
+    writer.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3]
+    assert writer.lost == 1
+
+
+def test_a_follower_is_not_misled_by_a_file_that_was_replaced_and_has_grown(tmp_path: Path) -> None:
+    first = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": 1.0})
+    first.close()
+    follower = Follower(tmp_path / METRICS)
+    assert [r["step"] for r in follower.new_records()] == [1, 2, 3]
+    second = MetricsWriter(tmp_path, done=1)
+    for step in (2, 3, 4):
+        second.write(step, {"loss": 1.25, "longer": True})
+    assert [r["step"] for r in follower.new_records()] == [1, 2, 3, 4]
+    assert follower.new_records() == []
+    second.close()
+
+
+def test_a_run_that_is_killed_while_it_takes_up_its_records_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, RECORD)
+    writer.close()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsWriter(tmp_path, done=1)
+    assert read_metrics(tmp_path) == [{"step": 1, **RECORD}]
