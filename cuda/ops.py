@@ -27,7 +27,6 @@ from ..backends.torch_shared.ops import (
     relu,
     rms_norm,
     rotary,
-    router_topk,
     sigmoid,
     softmax,
     split,
@@ -60,6 +59,7 @@ __all__ = [
     "relu",
     "rms_norm",
     "rotary",
+    "routed_mlp",
     "router_topk",
     "sigmoid",
     "softmax",
@@ -101,6 +101,18 @@ def topk(scores_TE: Tensor, k: int) -> Tensor:
     ids = torch.arange(scores.shape[1], device=scores.device)
     keys = (ordered << 20) + (0xFFFFF - ids)
     return 0xFFFFF - (torch.topk(keys, k, dim=-1).values & 0xFFFFF)
+
+
+def router_topk(
+    x_NHD: Tensor, w_HDE: Tensor, bias_HE: Tensor | None, k: int, ids_NHK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """bfloat16 tokens: one kernel, nothing waits for the host. Else tiles of scores in plain torch."""
+    from .kernels import router
+
+    choice = router.Selection(k)
+    if router.fits(x_NHD, w_HDE, choice):
+        return router.router_topk(x_NHD, w_HDE, bias_HE, choice, ids_NHK)
+    return shared.router_topk(x_NHD, w_HDE, bias_HE, k, ids_NHK)
 
 
 class _SumRows(torch.autograd.Function):
@@ -151,6 +163,24 @@ def sum_rows(rows_ND: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
     return _SumRows.apply(rows_ND, index_N, num_rows)  # type: ignore[no-any-return]
 
 
+def routed_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor | None:
+    """y (T, D) of all experts on this card: rows are gathered inside the kernels, never written. Not in the contract.
+
+    SwiGLU where w_up is twice as wide as w_down is deep, else GELU. None for what the kernels do not take: other
+    dtypes than bfloat16, widths that are no multiples of 64, no tokens.
+    """
+    if x_TD.dtype != torch.bfloat16 or not _fits(x_TD, w_up, w_down):
+        return None
+    from .kernels.experts import moe_mlp
+
+    return moe_mlp(x_TD, ids_TK, weights_TK, w_up, w_down)
+
+
+def _fits(x: Tensor, w_up: Tensor, w_down: Tensor) -> bool:
+    widths = (*w_up.shape[1:], w_down.shape[1])
+    return all(size % 64 == 0 and size for size in widths) and x.shape[0] > 0 and w_up.shape[0] > 0
+
+
 def grouped_matmul(x_ND: Tensor, w_GDF: Tensor, counts_G: Tensor) -> Tensor:
     """bfloat16: torch's grouped product, no copy to the host. Other dtypes: one exact product per group."""
     groups, width, out = w_GDF.shape
@@ -165,8 +195,7 @@ def grouped_matmul(x_ND: Tensor, w_GDF: Tensor, counts_G: Tensor) -> Tensor:
 
 def expert_mlp(x_ND: Tensor, w_up: Tensor, w_down: Tensor, counts_G: Tensor, activation: str) -> Tensor:
     """bfloat16 with widths that are multiples of 64: the Triton kernels. Else grouped products."""
-    fits = all(size % 64 == 0 and size for size in (*w_up.shape[1:], w_down.shape[1])) and x_ND.shape[0] > 0
-    if x_ND.dtype == torch.bfloat16 and fits and w_up.shape[0] > 0:
+    if x_ND.dtype == torch.bfloat16 and _fits(x_ND, w_up, w_down):
         from .kernels.experts import sorted_mlp
 
         return sorted_mlp(x_ND, w_up.contiguous(), w_down.contiguous(), counts_G)  # borrowed stacks arrive as views

@@ -32,7 +32,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Rings:
-    """The warp-specialised kernels in use, with tiles of 128 x 256 x 64; None: the kernel of the `Schedule`'s tile."""
+    """The warp-specialised kernels in use, tiles of 128 x 256 x 64; None: the kernel of the `Schedule`'s tile."""
 
     up: Ring | None = None
     down: Ring | None = None
@@ -67,9 +67,9 @@ HOPPER = Schedule(
     dw_up=Tile(128, 256, 64, 8, 5, flatten=False),
     dw_down=Tile(256, 128, 64, 8, 5, flatten=False),
     rings=Rings(
-        up=Ring(3, 4),
+        up=Ring(3, 3),
         down=Ring(3, 4),
-        act=Ring(3, 3),
+        act=Ring(3, 2),
         dx=Ring(),
         dw_up=Ring(3, 4),
         dw_down=Ring(3, 4),

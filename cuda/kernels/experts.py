@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import launch
+from . import launch, small
 from .gather_sum import gather_sum
 from .grouping import Grouping, Routing, group_rows, route_rows
 
@@ -85,9 +85,14 @@ def moe_mlp(
     """Routed experts (T, D): sum over k of weights[t, k] * expert ids[t, k] of x[t]; ids outside 0..E-1 add nothing.
 
     w_up (E, D, 2F), gate columns first, is SwiGLU; (E, D, F) is exact GELU; w_down (E, F, D). Differentiable in x,
-    weights, w_up, w_down; between forward and backward only x, the pre-activation and indices are kept.
+    weights, w_up, w_down; between forward and backward only x, the pre-activation (not for tokens of width 64 and
+    128) and indices are kept.
     """
     on = launch.card(x_TD.device)
+    if small.fits(x_TD, w_up, w_down) and on.narrow:
+        narrow = small.narrow_schedule(x_TD.shape[1], on.programs)
+        routing = route_rows(ids_TK, w_up.shape[0], narrow.block_m)
+        return small.SmallMlp.apply(x_TD.contiguous(), weights_TK.contiguous(), w_up, w_down, routing, narrow)
     routing = route_rows(ids_TK, w_up.shape[0], on.schedule.block_m)
     return MoeMlp.apply(x_TD.contiguous(), weights_TK.contiguous(), w_up, w_down, routing, on)
 

@@ -26,11 +26,19 @@ def gather_sum_kernel(
     tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def gather_sum(rows_ND: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> torch.Tensor:
-    """y (T, D) = sum over k of weights[t, k] * rows[position[t, k]], summed in float32; -1 adds exact zeros."""
+def gather_sum(
+    rows_ND: torch.Tensor,
+    position_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y (T, D) = sum over k of weights[t, k] * rows[position[t, k]], summed in float32; -1 adds exact zeros.
+
+    dtype: of y; None: that of rows.
+    """
     tokens, top_k = position_TK.shape
     width = rows_ND.shape[1]
-    out = torch.empty((tokens, width), dtype=rows_ND.dtype, device=rows_ND.device)
+    out = torch.empty((tokens, width), dtype=dtype or rows_ND.dtype, device=rows_ND.device)
     if not out.numel():
         return out
     block = min(triton.next_power_of_2(width), 2048)

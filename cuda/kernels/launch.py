@@ -20,17 +20,19 @@ Weight = Literal["up", "down"]
 
 @dataclass(frozen=True)
 class Card:
-    """A device as the launches see it."""
+    """A device as the launches see it. narrow: it has the shared memory that `small` asks for."""
 
     programs: int
     schedule: Schedule
+    narrow: bool = False
 
 
 @cache
 def card(device: torch.device) -> Card:
     """Multiprocessors and schedule of a CUDA device."""
     major, minor = torch.cuda.get_device_capability(device)
-    return Card(torch.cuda.get_device_properties(device).multi_processor_count, schedule_for(major * 10 + minor))
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return Card(programs, schedule_for(major * 10 + minor), narrow=major >= 9)
 
 
 def up(
@@ -118,7 +120,7 @@ def weight_grad(
     if ring:
         from . import launch_specialised as special
 
-        if special.fits_grad(a, b):
+        if special.fits_grad(a, b, gather):
             return special.weight_grad(a, b, routing, gather, ring, on.programs)
     grouping, copies, top_k = routing.parts()
     m, n = a.shape[1], b.shape[1]

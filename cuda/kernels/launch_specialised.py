@@ -34,9 +34,15 @@ def fits_act(h: torch.Tensor, w_down: torch.Tensor) -> bool:
     return _half(h) and h.shape[1] == 2 * f and f % BN == 0 and width % BK == 0
 
 
-def fits_grad(a: torch.Tensor, b: torch.Tensor) -> bool:
+def fits_grad(a: torch.Tensor, b: torch.Tensor, gather: str) -> bool:
     """Whether `weight_grad` takes these shapes."""
-    return _half(a) and a.shape[1] % BM == 0 and b.shape[1] % BN == 0
+    bm, bn = _grad_tile(gather)
+    return _half(a) and a.shape[1] % bm == 0 and b.shape[1] % bn == 0
+
+
+def _grad_tile(gather: str) -> tuple[int, int]:
+    """The operand that is gathered, by copies of 16 bytes, is the narrow one."""
+    return (BN, BM) if gather == "b" else (BM, BN)
 
 
 def _half(x: torch.Tensor) -> bool:
@@ -52,7 +58,7 @@ def up(
     experts, width, hidden = w_up.shape
     act = x.new_empty((num_rows, hidden // 2))
     h = x.new_empty((num_rows, hidden)) if save else None
-    store = [BM, BN // 4]
+    store = [BM, BN // 8]
     _run(
         up_specialised, ring, programs, x, None if top_k else _box(x, BM, BK), copies,
         _box(w_up.view(experts * width, hidden), BK, BN // 2), _ragged(act if h is None else h, store),
@@ -107,12 +113,12 @@ def weight_grad(
     out = a.new_empty((grouping.num_experts, m, n))
     gather_a = gather != "b"
     gathered, other = (a, b) if gather_a else (b, a)
-    wide = [BK, BM if gather_a else BN]
+    bm, bn = _grad_tile(gather)
     _run(
-        weight_grad_specialised, ring, programs, gathered, None if gather else _ragged(gathered, wide),
-        _ragged(other, [BK, BN if gather_a else BM]), copies, _box(out.view(-1, n), BM, BN // 4),
+        weight_grad_specialised, ring, programs, gathered, None if gather else _ragged(gathered, [BK, bm]),
+        _ragged(other, [BK, bn if gather_a else bm]), copies, _box(out.view(-1, n), bm, bn // 4),
         grouping.longest_first, grouping.offsets, m, n, grouping.num_experts,
-        GATHER_A=gather_a, TOP_K=top_k if gather else 0, BM=BM, BN=BN, BK=BK,
+        GATHER_A=gather_a, TOP_K=top_k if gather else 0, BM=bm, BN=bn, BK=BK,
     )  # fmt: skip
     return out
 

@@ -9,9 +9,12 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .router_kernels import choose_kernel, router_grad_kernel, token_grad_kernel
+from .gather_sum import gather_sum
+from .router_kernels import choose_kernel, given_kernel
 
 Precision = Literal["float32", "bf16_fp32acc"]
+_CHUNK = 2**24
+"""Scores whose gradient is dense at a time."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: tokens, experts, width; bn: tokens a step of the weight gradient."""
+    """Tile sizes: tokens, experts, width."""
 
     bm: int = 128
     be: int = 128
     bk: int = 64
-    bn: int = 32
     warps: int = 8
     stages: int = 3
 
@@ -65,11 +67,14 @@ class RouterTopk(torch.autograd.Function):
     """(logits, ids) (N, H, k); the logits carry gradient to x and w."""
 
     @staticmethod
-    def forward(ctx: Any, x, w, bias, choice: Selection, blocks: Blocks):
+    def forward(ctx: Any, x, w, bias, given, choice: Selection, blocks: Blocks):
         terms = split_weights(w, x.dtype, choice.precision)
-        logits, ids = _choose(x, terms, bias, w.shape[2], choice, blocks)
+        if given is None:
+            logits, ids = _choose(x, terms, bias, w.shape[2], choice, blocks)
+        else:
+            logits, ids = _look_up(x, terms, given.contiguous(), w.shape[2], blocks), given.clone()
         ctx.save_for_backward(x, w, ids)
-        ctx.choice, ctx.blocks = choice, blocks
+        ctx.choice = choice
         ctx.mark_non_differentiable(ids)
         return logits, ids
 
@@ -79,19 +84,26 @@ class RouterTopk(torch.autograd.Function):
         grad = grads[0].to(torch.float32).contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _token_grad(x, split_weights(w, x.dtype, ctx.choice.precision), ids, grad, w.shape[2], ctx.blocks)
+            dx = _token_grad(w, ids, grad, x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = _router_grad(x, w, ids, grad, ctx.choice, ctx.blocks)
-        return dx, dw, None, None, None
+            dw = _router_grad(x, w, ids, grad, ctx.choice.precision)
+        return dx, dw, None, None, None, None
 
 
 def router_topk(
-    x_NHD: torch.Tensor, w_HDE: torch.Tensor, bias_HE: torch.Tensor | None, choice: Selection
+    x_NHD: torch.Tensor,
+    w_HDE: torch.Tensor,
+    bias_HE: torch.Tensor | None,
+    choice: Selection,
+    ids_NHK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits float32, ids int64), both (N, H, k): x @ w of the chosen, best first; ties go to the lower id."""
+    """(logits float32, ids int64), both (N, H, k): x @ w of the chosen, best first; ties go to the lower id.
+
+    ids_NHK: these instead of the best; their logits have the bits that choosing them gave.
+    """
     major, minor = torch.cuda.get_device_capability(x_NHD.device)
     blocks = blocks_for(w_HDE.shape[2], choice, major * 10 + minor)
-    return RouterTopk.apply(x_NHD.contiguous(), w_HDE, bias_HE, choice, blocks)  # type: ignore[return-value]
+    return RouterTopk.apply(x_NHD.contiguous(), w_HDE, bias_HE, ids_NHK, choice, blocks)  # type: ignore[return-value]
 
 
 def blocks_for(experts: int, choice: Selection, capability: int) -> Blocks:
@@ -121,28 +133,40 @@ def _choose(x, terms, bias, experts: int, choice: Selection, b: Blocks) -> tuple
     return logits, ids
 
 
-def _token_grad(x, terms, ids, grad, experts: int, b: Blocks) -> torch.Tensor:
+def _look_up(x, terms, ids, experts: int, b: Blocks) -> torch.Tensor:
     rows, heads, width = x.shape
-    dx = torch.empty_like(x)
-    bd = 64 if width % 128 else 128
-    token_grad_kernel[(triton.cdiv(rows, b.bm), heads, triton.cdiv(width, bd))](
-        _flat(terms, bd, b.bk), ids, grad, _flat(dx.view(rows, heads * width), b.bm, bd), rows, heads, width, experts,
-        K=ids.shape[2], TERMS=terms.shape[0], BM=b.bm, BD=bd, BE=b.bk, num_warps=b.warps, num_stages=b.stages,
+    logits, k = torch.empty(ids.shape, dtype=torch.float32, device=x.device), ids.shape[2]
+    given_kernel[(triton.cdiv(rows, b.bm), heads)](
+        _flat(x.view(rows, heads * width), b.bm, b.bk), _flat(terms, b.bk, b.be), logits, ids, rows, heads, width,
+        experts, K=k, SLOTS=max(2, triton.next_power_of_2(k)), TERMS=terms.shape[0], BM=b.bm, BE=b.be, BK=b.bk,
+        num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
-    return dx
+    return logits
 
 
-def _router_grad(x, w, ids, grad, choice: Selection, b: Blocks) -> torch.Tensor:
-    rows, heads, width = x.shape
-    experts = w.shape[2]
-    bd = 64 if width % 128 else 128
-    tiles = heads * triton.cdiv(width, bd) * triton.cdiv(experts, b.be)
-    splits = max(1, min(256 // max(1, tiles), triton.cdiv(rows, 512)))
-    span = triton.cdiv(triton.cdiv(rows, splits), b.bn) * b.bn
-    partial = torch.empty((splits, heads, width, experts), dtype=torch.float32, device=x.device)
-    terms = 1 if choice.precision == "bf16_fp32acc" or x.dtype == torch.float32 else 3
-    router_grad_kernel[(splits, heads, triton.cdiv(width, bd) * triton.cdiv(experts, b.be))](
-        _flat(x.view(rows, heads * width), b.bn, bd), ids, grad, partial, rows, heads, width, experts, span,
-        K=ids.shape[2], TERMS=terms, BN=b.bn, BD=bd, BE=b.be, num_warps=b.warps, num_stages=b.stages,
-    )  # fmt: skip
-    return partial.sum(0).to(w.dtype)
+def _token_grad(w, ids, grad, dtype: torch.dtype) -> torch.Tensor:
+    """dx[n] = sum over k of grad[n, k] * w[:, ids[n, k]], in float32: rows of w, transposed, lie in cache."""
+    heads, width, experts = w.shape
+    rows_of_w = w.to(torch.float32).transpose(1, 2).reshape(heads * experts, width)
+    position = ids + torch.arange(heads, device=ids.device)[None, :, None] * experts
+    dx = gather_sum(rows_of_w, position.flatten(0, 1), grad.flatten(0, 1), dtype)
+    return dx.view(ids.shape[0], heads, width)
+
+
+def _router_grad(x, w, ids, grad, precision: Precision) -> torch.Tensor:
+    """dw (H, D, E) = x^T @ (gradient of the scores), `_CHUNK` scores at a time, as one or two bfloat16 terms."""
+    heads, _, experts = w.shape
+    dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+    step = max(1, _CHUNK // (heads * experts))
+    for rows in (slice(first, first + step) for first in range(0, x.shape[0], step)):
+        scores = torch.zeros((*ids[rows].shape[:2], experts), dtype=torch.float32, device=w.device)
+        scores = scores.scatter_(2, ids[rows], grad[rows]).transpose(0, 1)
+        x_HDN, high = x[rows].permute(1, 2, 0), scores.to(x.dtype)
+        dw += _product(x_HDN, high)
+        if precision == "float32" and x.dtype != torch.float32:
+            dw += _product(x_HDN, (scores - high.to(torch.float32)).to(x.dtype))
+    return dw.to(w.dtype)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Routers whose scores stay on chip: products, selection and both gradients, a tile of experts at a time."""
+"""Routers whose scores stay on chip: products and selection, a tile of experts at a time."""
 
 from __future__ import annotations
 
@@ -100,64 +100,23 @@ def choose_kernel(
 
 
 @triton.jit
-def _spread(ids_ptr, grad_ptr, rows, head, heads, column, N, K: tl.constexpr):
-    """Gradient of the scores, dense, from the K entries of each row; rows and column broadcast against each other."""
-    total = tl.zeros(tl.broadcast(rows, column)[0].shape, tl.float32)
-    place = (rows.to(tl.int64) * heads + head) * K
-    for j in tl.static_range(K):
-        chosen = tl.load(ids_ptr + place + j, mask=rows < N, other=-1).to(tl.int32)
-        grad = tl.load(grad_ptr + place + j, mask=rows < N, other=0.0)
-        total += tl.where(chosen == column, grad, 0.0)
-    return total
-
-
-@triton.jit
-def token_grad_kernel(
-    w_desc, ids_ptr, grad_ptr, dx_desc, N, heads, D, E,
-    K: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+def given_kernel(
+    x_desc, w_desc, logits_ptr, ids_ptr, N, heads, D, E,
+    K: tl.constexpr, SLOTS: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dx[n] = sum over k of grad[n, k] * w[:, ids[n, k]], as products with tiles of the spread gradient.
-
-    w_desc over (TERMS * heads * D, >= E), box (BD, BE); grad float32; dx_desc over (N, heads * D), box (BM, BD).
-    """
-    row, head, d = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2) * BD
+    """Logits (N, heads, K) of given ids, by the products of `choose_kernel`: the same bits."""
+    row, head = tl.program_id(0) * BM, tl.program_id(1)
+    slot = tl.arange(0, SLOTS)[None, :]
     rows = row + tl.arange(0, BM)
-    acc = tl.zeros((BD, BM), tl.float32)
-    dtype: tl.constexpr = dx_desc.dtype
+    place = (rows.to(tl.int64)[:, None] * heads + head) * K + slot
+    mask = (rows < N)[:, None] & (slot < K)
+    ids = tl.load(ids_ptr + place, mask=mask, other=-1).to(tl.int32)
+    found = tl.zeros((BM, SLOTS), tl.float32)
     for first in tl.range(0, E, BE):
-        column = first + tl.arange(0, BE)[:, None]
-        grad = _spread(ids_ptr, grad_ptr, rows[None, :], head, heads, column, N, K)
-        high = grad.to(dtype)
-        w = w_desc.load([head * D + d, first])
-        acc = tl.dot(w, high, acc, input_precision="ieee")
-        if TERMS > 1:
-            acc = tl.dot(w, (grad - high.to(tl.float32)).to(dtype), acc, input_precision="ieee")
-            acc = tl.dot(w_desc.load([(heads + head) * D + d, first]), high, acc, input_precision="ieee")
-    dx_desc.store([row, head * D + d], acc.to(dtype).T)
-
-
-@triton.jit
-def router_grad_kernel(
-    x_desc, ids_ptr, grad_ptr, partial_ptr, N, heads, D, E, span,
-    K: tl.constexpr, TERMS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
-    """partial[s] = x^T @ (spread gradient) over tokens [s * span, (s + 1) * span): dw is their sum, in order.
-
-    x_desc over (N, heads * D), box (BN, BD); partial (splits, heads, D, E) float32; span a multiple of BN.
-    """
-    columns = tl.cdiv(E, BE)
-    split, head = tl.program_id(0), tl.program_id(1)
-    d, e = (tl.program_id(2) // columns) * BD, (tl.program_id(2) % columns) * BE
-    column = e + tl.arange(0, BE)
-    acc = tl.zeros((BD, BE), tl.float32)
-    for row in tl.range(split * span, tl.minimum((split + 1) * span, N), BN):
-        rows = row + tl.arange(0, BN)[:, None]
-        grad = _spread(ids_ptr, grad_ptr, rows, head, heads, column[None, :], N, K)
-        x = x_desc.load([row, head * D + d]).T
-        high = grad.to(x.dtype)
-        acc = tl.dot(x, high, acc, input_precision="ieee")
-        if TERMS > 1:
-            acc = tl.dot(x, (grad - high.to(tl.float32)).to(x.dtype), acc, input_precision="ieee")
-    ds = d + tl.arange(0, BD)
-    place = ((split.to(tl.int64) * heads + head) * D + ds)[:, None] * E + column[None, :]
-    tl.store(partial_ptr + place, acc, mask=(ds < D)[:, None] & (column < E)[None, :])
+        logits = _scores(x_desc, w_desc, row, head, heads, first, D, TERMS, BM, BE, BK)
+        column = first + tl.arange(0, BE)
+        for j in tl.static_range(K):
+            wanted = tl.sum(tl.where(slot == j, ids, 0), axis=1)
+            own = tl.sum(tl.where(column[None, :] == wanted[:, None], logits, 0.0), axis=1)
+            found += tl.where(slot == j, own[:, None], 0.0)
+    tl.store(logits_ptr + place, found, mask=mask)

@@ -5,7 +5,7 @@ contiguous, by the bulk copy engine, gathered rows of A by 16-byte copies; the d
 the epilogue, while the ring already fills for the next tile. Sizes must be multiples of the tile (`launch` checks).
 """
 
-# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -71,20 +71,25 @@ def _multiply(acc, a_ring, b_ring, full, empty, step, count, TRANS_A: gl.constex
 
 
 @gluon.jit
-def _eighth(x, INDEX: gl.constexpr):
-    """Columns [INDEX, INDEX + 1) / 8 of an accumulator of 256 columns."""
-    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
-    quarter: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
-    eighth: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 32, 16])
-    return _half(_half(_half(x, INDEX // 4, half), INDEX // 2 % 2, quarter), INDEX % 2, eighth)
+def _quarter(x, INDEX: gl.constexpr):
+    """Columns [INDEX, INDEX + 1) / 4 of an accumulator."""
+    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, x.shape[1] // 2, 16])
+    quarter: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, x.shape[1] // 4, 16])
+    return _half(_half(x, INDEX // 2, half), INDEX % 2, quarter)
 
 
 @gluon.jit
-def _quarter(x, INDEX: gl.constexpr):
-    """Columns [INDEX, INDEX + 1) / 4 of an accumulator of 256 columns."""
-    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])
-    quarter: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])
-    return _half(_half(x, INDEX // 2, half), INDEX % 2, quarter)
+def _eighth(x, INDEX: gl.constexpr):
+    """Columns [INDEX, INDEX + 1) / 8 of an accumulator."""
+    eighth: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, x.shape[1] // 8, 16])
+    return _half(_quarter(x, INDEX // 2), INDEX % 2, eighth)
+
+
+@gluon.jit
+def _fill(out, value):
+    rows: gl.constexpr = value.shape[0]
+    width: gl.constexpr = value.shape[1]
+    out.reshape((rows, width)).store(value.to(out.dtype))
 
 
 @gluon.jit
@@ -93,11 +98,28 @@ def _put(out_desc, out_ring, number, end, left, col, value, OUTS: gl.constexpr):
     out = out_ring.index(number % OUTS)
     tma.store_wait(pendings=OUTS - 1)
     gl.thread_barrier()
-    rows: gl.constexpr = value.shape[0]
-    width: gl.constexpr = value.shape[1]
-    out.reshape((rows, width)).store(value.to(out_desc.dtype))
+    _fill(out, value)
     fence_async_shared()
     tma.async_copy_shared_to_global(out_desc, [LIMIT, end, LIMIT - left, col], out)
+
+
+@gluon.jit
+def _put_three(
+    first_desc, second_desc, first, second, third, number, end, left, col, second_col, third_col, a, b, c,
+    DEPTH: gl.constexpr,
+):  # fmt: skip
+    """Write a through first_desc, b and c through second_desc: three stores for one pair of barriers."""
+    slot = number % DEPTH
+    tma.store_wait(pendings=3 * (DEPTH - 1))
+    gl.thread_barrier()
+    _fill(first.index(slot), a)
+    _fill(second.index(slot), b)
+    _fill(third.index(slot), c)
+    fence_async_shared()
+    row = LIMIT - left
+    tma.async_copy_shared_to_global(first_desc, [LIMIT, end, row, col], first.index(slot))
+    tma.async_copy_shared_to_global(second_desc, [LIMIT, end, row, second_col], second.index(slot))
+    tma.async_copy_shared_to_global(second_desc, [LIMIT, end, row, third_col], third.index(slot))
 
 
 @gluon.jit
@@ -139,7 +161,7 @@ def _up_load(
 
 @gluon.jit
 def _up_compute(
-    h_desc, act_desc, tiles_ptr, num_tiles_ptr, a_ring, b_ring, out_ring, full, empty, D, F,
+    h_desc, act_desc, tiles_ptr, num_tiles_ptr, a_ring, b_ring, act_out, gate_out, up_out, full, empty, D, F,
     TOP_K: gl.constexpr, SAVE: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr,
     STAGES: gl.constexpr, OUTS: gl.constexpr, GROUP: gl.constexpr, GRID: gl.constexpr,
 ):  # fmt: skip
@@ -153,17 +175,18 @@ def _up_compute(
         acc = gl.zeros((BM, 2 * HALF), gl.float32, layout=mma)
         acc = _multiply(acc, a_ring, b_ring, full, empty, step, k_tiles, False, False, STAGES, TOP_K > 0)
         step += k_tiles
-        for p in gl.static_range(2):
-            g, u = _quarter(acc, p), _quarter(acc, 2 + p)
-            col = n * HALF + p * (HALF // 2)
+        for p in gl.static_range(4):
+            g, u = _eighth(acc, p), _eighth(acc, 4 + p)
+            col = n * HALF + p * (HALF // 4)
             act = g / (1.0 + gl.exp(-g)) * u
-            _put(act_desc, out_ring, stores, end, end - first, col, act, OUTS)
             if SAVE:
-                _put(h_desc, out_ring, stores + 1, end, end - first, col, g, OUTS)
-                _put(h_desc, out_ring, stores + 2, end, end - first, F + col, u, OUTS)
-                stores += 3
+                _put_three(
+                    act_desc, h_desc, act_out, gate_out, up_out, stores, end, end - first, col, col, F + col, act, g, u,
+                    OUTS,
+                )  # fmt: skip
             else:
-                stores += 1
+                _put(act_desc, act_out, stores, end, end - first, col, act, OUTS)
+            stores += 1
     tma.store_wait(pendings=0)
 
 
@@ -188,14 +211,16 @@ def up_specialised(
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     a_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BM, BK], tile_layout)
     b_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BK, 2 * HALF], tile_layout)
-    out_ring = gl.allocate_shared_memory(w_desc.dtype, [OUTS, 1, 1, BM, HALF // 2], act_desc.layout)
+    act_out = gl.allocate_shared_memory(w_desc.dtype, [OUTS, 1, 1, BM, HALF // 4], act_desc.layout)
+    gate_out = gl.allocate_shared_memory(w_desc.dtype, [OUTS if SAVE else 1, 1, 1, BM, HALF // 4], act_desc.layout)
+    up_out = gl.allocate_shared_memory(w_desc.dtype, [OUTS if SAVE else 1, 1, 1, BM, HALF // 4], act_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     _barriers(full, empty, STAGES, 129 if TOP_K else 1)
     gl.warp_specialize(
         [
-            (_up_compute, (h_desc, act_desc, tiles_ptr, num_tiles_ptr, a_ring, b_ring, out_ring, full, empty, D, F,
-                           TOP_K, SAVE, BM, BK, HALF, STAGES, OUTS, GROUP, GRID)),
+            (_up_compute, (h_desc, act_desc, tiles_ptr, num_tiles_ptr, a_ring, b_ring, act_out, gate_out, up_out,
+                           full, empty, D, F, TOP_K, SAVE, BM, BK, HALF, STAGES, OUTS, GROUP, GRID)),
             (_up_load, (x_ptr, x_desc, copies_ptr, w_desc, tiles_ptr, num_tiles_ptr, a_ring, b_ring, full, empty, D, F,
                         TOP_K, BM, BK, HALF, STAGES, GROUP, GRID)),
         ],

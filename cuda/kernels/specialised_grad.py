@@ -1,13 +1,13 @@
 """Hopper: the backward kernels of `specialised`: gradient through the activation, and weight gradients."""
 
-# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+# pyright: reportAssignmentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from .specialised import LIMIT, _barriers, _eighth, _multiply, _put, _quarter, _row_tile, _tile_of
+from .specialised import LIMIT, _barriers, _eighth, _multiply, _put_three, _quarter, _row_tile, _tile_of
 
 
 @gluon.jit
@@ -66,7 +66,7 @@ def _act_load_h(
 @gluon.jit
 def _act_compute(
     copies_ptr, weight_ptr, dh_desc, act_desc, partial_ptr, tiles_ptr, num_tiles_ptr,
-    a_ring, b_ring, out_ring, h_ring, full, empty, h_full, h_empty, D, F, N,
+    a_ring, b_ring, act_out, gate_out, up_out, h_ring, full, empty, h_full, h_empty, D, F, N,
     TOP_K: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     OUTS: gl.constexpr, SLOTS: gl.constexpr, GROUP: gl.constexpr, GRID: gl.constexpr,
 ):  # fmt: skip
@@ -104,10 +104,11 @@ def _act_compute(
                 partial += gl.sum(act * d_p, axis=1)
                 d_p = d_p * weight
                 act = act * weight
-            _put(act_desc, out_ring, stores, end, end - first, col, act, OUTS)
-            _put(dh_desc, out_ring, stores + 1, end, end - first, F + col, d_p * silu, OUTS)
-            _put(dh_desc, out_ring, stores + 2, end, end - first, col, d_p * up * (s + silu * (1.0 - s)), OUTS)
-            stores += 3
+            _put_three(
+                act_desc, dh_desc, act_out, gate_out, up_out, stores, end, end - first, col, col, F + col,
+                act, d_p * up * (s + silu * (1.0 - s)), d_p * silu, OUTS,
+            )  # fmt: skip
+            stores += 1
         if TOP_K:
             gl.store(partial_ptr + n.to(gl.int64) * N + copies, partial, mask=offs < end)
     tma.store_wait(pendings=0)
@@ -124,7 +125,9 @@ def act_specialised(
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     a_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BM, BK], tile_layout)
     b_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, BK], w_desc.layout)
-    out_ring = gl.allocate_shared_memory(w_desc.dtype, [OUTS, 1, 1, BM, BN // 8], act_desc.layout)
+    act_out = gl.allocate_shared_memory(w_desc.dtype, [OUTS, 1, 1, BM, BN // 8], act_desc.layout)
+    gate_out = gl.allocate_shared_memory(w_desc.dtype, [OUTS, 1, 1, BM, BN // 8], act_desc.layout)
+    up_out = gl.allocate_shared_memory(w_desc.dtype, [OUTS, 1, 1, BM, BN // 8], act_desc.layout)
     h_ring = gl.allocate_shared_memory(w_desc.dtype, [2 * SLOTS, 1, 1, BM, BN // 8], h_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -135,7 +138,7 @@ def act_specialised(
     gl.warp_specialize(
         [
             (_act_compute, (copies_ptr, weight_ptr, dh_desc, act_desc, partial_ptr, tiles_ptr, num_tiles_ptr,
-                            a_ring, b_ring, out_ring, h_ring, full, empty, h_full, h_empty, D, F, N,
+                            a_ring, b_ring, act_out, gate_out, up_out, h_ring, full, empty, h_full, h_empty, D, F, N,
                             TOP_K, BM, BK, BN, STAGES, OUTS, SLOTS, GROUP, GRID)),
             (_act_load, (g_ptr, g_desc, copies_ptr, w_desc, tiles_ptr, num_tiles_ptr, a_ring, b_ring, full, empty, D, F,
                          TOP_K, BM, BK, BN, STAGES, GROUP, GRID)),
@@ -250,7 +253,7 @@ def weight_grad_specialised(
     GATHER_A: gl.constexpr, TOP_K: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, OUTS: gl.constexpr, GROUP: gl.constexpr, GRID: gl.constexpr,
 ):  # fmt: skip
-    """`weight_grad_kernel`; BN = 256. rows_desc, ragged: the operand that is never gathered; TOP_K = 0: neither is."""
+    """`weight_grad_kernel`. rows_desc, ragged: the operand that is never gathered; TOP_K = 0: neither is."""
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     a_ring = gl.allocate_shared_memory(out_desc.dtype, [STAGES, BK, BM], tile_layout)
     b_ring = gl.allocate_shared_memory(out_desc.dtype, [STAGES, BK, BN], tile_layout)

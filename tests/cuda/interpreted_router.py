@@ -22,7 +22,7 @@ def problem(rows: int = 37, heads: int = 3, width: int = 32, experts: int = 72):
 def test_chosen_logits_and_gradients_equal_the_dense_router(biased: bool, sigmoid: bool) -> None:
     x, w, bias, grad = problem()
     choice = Selection(k=5, sigmoid=sigmoid)
-    logits, ids = RouterTopk.apply(x, w, bias if biased else None, choice, BLOCKS)
+    logits, ids = RouterTopk.apply(x, w, bias if biased else None, None, choice, BLOCKS)
     dense = torch.einsum("nhd,hde->nhe", x, w)
     scores = (torch.sigmoid(dense) if sigmoid else dense) + (bias if biased else 0)
     want = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :5]
@@ -34,13 +34,24 @@ def test_chosen_logits_and_gradients_equal_the_dense_router(biased: bool, sigmoi
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_given_ids_get_the_bits_that_choosing_them_gave() -> None:
+    x, w, bias, grad = problem(rows=20)
+    choice = Selection(k=5)
+    logits, ids = RouterTopk.apply(x, w, bias, None, choice, BLOCKS)
+    again, same = RouterTopk.apply(x, w, None, ids, choice, BLOCKS)
+    assert torch.equal(same, ids)
+    assert torch.equal(again, logits)
+    for a, b in zip(torch.autograd.grad(logits, [x, w], grad), torch.autograd.grad(again, [x, w], grad), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_ties_go_to_the_lower_id_and_nan_counts_as_minus_infinity() -> None:
     x = torch.ones(4, 1, 16)
     w = torch.zeros(1, 16, 40)
     w[0, 0, [33, 7, 35]] = 1.0
     x[1] = float("nan")
     w[0, 1, 0] = float("-inf")
-    _, ids = RouterTopk.apply(x, w, None, Selection(k=6), BLOCKS)
+    _, ids = RouterTopk.apply(x, w, None, None, Selection(k=6), BLOCKS)
     assert ids[0, 0].tolist() == [7, 33, 35, 1, 2, 3]
     assert ids[1, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -48,7 +59,7 @@ def test_ties_go_to_the_lower_id_and_nan_counts_as_minus_infinity() -> None:
 def test_group_limit_is_deepseeks() -> None:
     x, w, bias, _ = problem(experts=32)
     choice = Selection(k=4, sigmoid=True, groups=4, keep=2)
-    _, ids = RouterTopk.apply(x, w, bias, choice, BLOCKS)
+    _, ids = RouterTopk.apply(x, w, bias, None, choice, BLOCKS)
     scores = torch.sigmoid(torch.einsum("nhd,hde->nhe", x, w)) + bias
     groups = scores.unflatten(-1, (4, 8))
     kept = groups.topk(2, dim=-1).values.sum(-1).topk(2, dim=-1).indices
