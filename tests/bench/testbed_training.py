@@ -70,16 +70,18 @@ def settle(cell: Cell, steps: int, shape: Shape, timeout_s: float) -> dict[str, 
     return train(cell.config(steps), cell.folder, unshaped, None, timeout_s)
 
 
-def timed(cell: Cell, settled: int, steps: int, shape: Shape, timeout_s: float) -> list[dict[str, Any]]:
-    """Records of steps between shaped nodes."""
+def timed(
+    cell: Cell, settled: int, steps: int, shape: Shape, timeout_s: float
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Records of steps between shaped nodes, and the run's summary."""
     with tempfile.TemporaryDirectory() as name:
         folder, resume = Path(name) / "run", cell.folder if settled else None
-        train(cell.config(settled + WARM + steps), folder, shape, resume, timeout_s)
+        summary = train(cell.config(settled + WARM + steps), folder, shape, resume, timeout_s)
         lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    return [line for line in lines if line["step"] > settled + WARM]
+    return [line for line in lines if line["step"] > settled + WARM], summary
 
 
-def figures(cell: Cell, records: list[dict[str, Any]], summary: dict[str, Any] | None) -> dict[str, Any]:
+def figures(cell: Cell, records: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
     config = cell.config(1)
     layers = config.model.num_layers - config.model.num_dense_layers
     there_and_back = 2 * 4 * config.model.hidden_size * layers
@@ -95,8 +97,8 @@ def figures(cell: Cell, records: list[dict[str, Any]], summary: dict[str, Any] |
         "rows_crossing_per_token": round(mean("bytes_between_nodes") / (there_and_back * mean("tokens")), 4),
         "rank_imbalance": round(mean("rank_imbalance"), 3),
         "bytes_sent": records[-1]["bytes"],
-        "validation_loss": None if summary is None else round(summary["validation_loss"], 4),
-        "model_hash": None if summary is None else summary["model_hash"],
+        "validation_loss": round(summary["validation_loss"], 4),
+        "model_hash": summary["model_hash"],
         "timed_steps": len(records),
     }
 
@@ -129,11 +131,13 @@ def main() -> None:
         kept = args.keep or Path(name)
         folders = [kept / "".join(c if c.isalnum() else "_" for c in text) for text in args.cells]
         cells = [Cell(text, tuple(common), folder) for text, folder in zip(args.cells, folders, strict=True)]
-        summaries = [settle(cell, args.settle, shape, args.timeout) if args.settle else None for cell in cells]
+        summaries = [settle(cell, args.settle, shape, args.timeout) if args.settle else {} for cell in cells]
         records: list[list[dict[str, Any]]] = [[] for _ in cells]
         for _ in range(args.rounds):
-            for cell, seen in zip(cells, records, strict=True):
-                seen += timed(cell, args.settle, args.steps, shape, args.timeout)
+            for number, cell in enumerate(cells):
+                seen, summary = timed(cell, args.settle, args.steps, shape, args.timeout)
+                records[number] += seen
+                summaries[number] = summaries[number] or summary
     if not args.rounds:
         return
     rows = [figures(*row) for row in zip(cells, records, summaries, strict=True)]
