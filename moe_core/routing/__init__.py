@@ -1,9 +1,16 @@
-"""Scores -> expert ids and weights. `make_router` is where a router's name becomes an object."""
+"""Scores -> expert ids and weights. `make_router` is where a router's name becomes an object.
+
+Names are those of this package, those given to `register_router`, and those that installed packages declare as entry
+points in the group `twinmoe.routers`: a factory as `register_router` takes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .base import Choice, Chooser, Memo, Router, RouterContext, Routing, Tokens
@@ -29,6 +36,7 @@ __all__ = [
     "router_names",
 ]
 
+GROUP = "twinmoe.routers"
 ChooserFactory = Callable[[RouterContext], Chooser]
 
 
@@ -64,12 +72,20 @@ def register_router(name: str, factory: ChooserFactory) -> None:
 
 def router_names() -> list[str]:
     """Values that `moe.router` may have now."""
-    return sorted(_ROUTERS)
+    return sorted({*_ROUTERS, *_offered(tuple(sys.path))})
+
+
+@lru_cache(maxsize=1)
+def _offered(path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """What packages on the path offer: reading their metadata takes some milliseconds."""
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def make_router(context: RouterContext) -> Router:
     """The router `moe.router`. ValueError for an unknown name."""
-    name = context.moe.router
+    name, offered = context.moe.router, _offered(tuple(sys.path))
+    if name not in _ROUTERS and name in offered:
+        register_router(name, offered[name].load())
     if name not in _ROUTERS:
         raise ValueError(f"moe.router={name!r} is unknown; choose one of {', '.join(router_names())}")
     return _ROUTERS[name](context)

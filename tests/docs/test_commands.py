@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DEVICES = {"cuda": "cpu", "ascend": "mindspore-cpu", "ascend-torch": "cpu"}
 """Backends that pages name -> one that every machine has."""
-PLACEHOLDERS = ("MODEL", "DIR", "CONFIG", "NAME", "/shared")
+PLACEHOLDERS = ("MODEL", "DIR", "CONFIG", "NAME", "/shared", "router=closest")
+"""What a page has its reader bring: folders, or the package that it has just written."""
 RUN_HERE = ("doctor", "configs list", "configs show", "launch", "train", "report")
 """Commands that run here as they stand (train as a dry run)."""
 RUN_ELSEWHERE = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from twinmoe.backends.registry import Backend
 from twinmoe.moe_core import routing
+from twinmoe.moe_core.compose import load_config
 from twinmoe.testing.moe_core.routing.support import route, settings
 
 DOCS = Path(__file__).parents[3] / "docs" / "routers.md"
@@ -52,3 +54,22 @@ def test_names_are_taken_once_and_unknown_ones_are_refused(example: str, home: B
         routing.register_router("nearest", lambda context: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="is unknown; choose one of domain, expert_choice"):
         route(home, settings(router="nearset"), X)
+
+
+def test_an_installed_package_offers_a_router(tmp_path: Path, home: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is known to config files, so that workers of a job have it too."""
+    about = tmp_path / "mine-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[twinmoe.routers]\noffered = mine_router:Offered\n")
+    (tmp_path / "mine_router.py").write_text("from twinmoe.moe_core.routing.hashed import HashRouter as Offered\n")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        assert load_config({}, ["moe.router=offered"]).moe.router == "offered"
+        moe = settings(router="offered", num_experts=4, top_k=2)
+        ids = np.arange(6)
+        np.testing.assert_array_equal(
+            route(home, moe, X, token_ids_T=ids, vocab_size=8).chosen,
+            route(home, settings(router="hash", num_experts=4, top_k=2), X, token_ids_T=ids, vocab_size=8).chosen,
+        )
+    assert "offered" not in routing._offered(tuple(sys.path))
