@@ -237,7 +237,9 @@ WORDS: tuple[Word, ...] = (
     Word("parallel.placement", "whether owned experts move (HierMoE swap)"),
     Word("parallel.residency", "where expert weights rest (FSEP)"),
     Word("parallel.data_sharding", "dense parameters replicated or sharded", ("data_parallel_sharding_strategy",)),
-    Word("parallel.max_rows_per_rank", "bound on rows that a rank computes in a layer"),
+    Word("parallel.max_rows_per_rank", "bound on rows that a rank holds at once in a layer"),
+    Word("parallel.over_budget", "rounds or an error for a plan over that bound"),
+    Word("parallel.overlap_chunks", "rounds whose exchanges run under expert compute"),
     Word("train.steps", "optimizer steps", ("train_iters",), ("sink_size",), ("max_steps",), ("num_steps",)),
     Word(
         "train.global_batch_size",
