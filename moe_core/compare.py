@@ -124,12 +124,14 @@ def _made(job: Resolved, console: Console) -> str | None:
     if (job.run_dir / SUMMARY).exists() and not read_run(job.run_dir).summary.get("stopped_early"):
         return None
     try:
-        start(job, console)
+        summary = start(job, console)
     except JobFailedError as error:
         if error.request:
             raise
         console.print(f"{job.run_dir} failed: {str(error).splitlines()[0]}", highlight=False, soft_wrap=True)
         return f"{job.run_dir.name}: {str(error).strip().splitlines()[-1]}"
+    if summary.get("stopped_early"):
+        raise JobFailedError("stopped on request; the same command goes on from here")
     return None
 
 

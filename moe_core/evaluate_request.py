@@ -15,6 +15,7 @@ from .config import Config
 from .data_sources import matching_files
 from .evaluate import EVERYTHING
 from .init_from import checkpoint_folder, is_theirs
+from .scheme_auto import settled
 
 _HELD_OUT = "held out"
 _ROWS = (".json", ".jsonl", ".csv", ".parquet")
@@ -39,6 +40,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     config = config_of(request)
     named = command_line_backend(request.overrides) or config.backend
     where = Where(request.nproc, named)
+    config = settled(config, ranks_of(where)).config
     check_ranks(config, ranks_of(where))
     options = {
         "config": config.model_dump(mode="json"),

@@ -9,7 +9,7 @@
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star"];
   const PATTERNS = ["", "/", ".", "x", "-", "\\", "|", "+"];
   const CONFIG = { displayModeBar: false, responsive: true, staticPlot: false };
-  const drawn = [];
+  const drawn = [], ofMoment = [];
   const dark = () => document.documentElement.dataset.theme === "dark";
   const colour = (i) => { const all = PALETTE[dark() ? "dark" : "light"]; return all[i % all.length]; };
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -40,6 +40,7 @@
       }
     };
     drawn.push(draw);
+    if (id.startsWith("experts-")) ofMoment.push(draw);
     draw();
   }
   const line = (i, x, y, more) => Object.assign({
@@ -174,7 +175,7 @@
   }
   document.getElementById("over").addEventListener("change", (event) => { over = event.target.value; redraw(); });
   const slider = document.getElementById("moment");
-  if (slider) slider.addEventListener("input", () => { moment = slider.value / 100; redraw(); });
+  if (slider) slider.addEventListener("input", () => { moment = slider.value / 100; ofMoment.forEach((draw) => draw()); });
   const prefers = window.matchMedia("(prefers-color-scheme: dark)");
   let chosen = null;
   function theme(name) { document.documentElement.dataset.theme = name; redraw(); }

@@ -11,6 +11,7 @@ from twinmoe.moe_core import compare
 from twinmoe.moe_core.combinations import ConfigError
 from twinmoe.moe_core.compare import CompareRequest, entries, marked, scheme_row
 from twinmoe.moe_core.compare_figures import read_run
+from twinmoe.moe_core.compose import dump
 from twinmoe.moe_core.launch import JobFailedError
 from twinmoe.testing.moe_core.run_folders import WORDS, record, write_run
 
@@ -36,13 +37,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise JobFailedError("rank 1 failed\nTraceback\nMemoryError: no room")
         seconds = (0.25 if llep else 0.5) * (1 + seed)
         write_run(job.run_dir, WORDS, [record(n, seconds) for n in range(1, 13)], {"validation_loss": 3.0 + seed})
-        (job.run_dir / "config.yaml").write_text(compare_text(job))
-        return {}
-
-    def compare_text(job: Any) -> str:
-        from twinmoe.moe_core.compose import dump
-
-        return dump(job.config)
+        (job.run_dir / "config.yaml").write_text(dump(job.config))
+        return {"stopped_early": "stops" in str(job.run_dir)}
 
     monkeypatch.setattr(compare, "start", start)
     return started
@@ -86,6 +82,12 @@ def test_a_failing_run_is_a_marked_row_and_the_others_go_on(jobs: list[Any], tmp
     assert (ep["runs"], llep["runs"], len(jobs)) == (2, 0, 4)
     assert (llep["marks"], llep["speed_up"]) == (["failed"], None)
     assert "MemoryError: no room" in llep["failures"][0]
+
+
+def test_ctrl_c_ends_the_comparison_not_only_its_run(jobs: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(JobFailedError, match="goes on from here"):
+        compare.run(request(tmp_path, run_dir=tmp_path / "stops"), Console(quiet=True))
+    assert len(jobs) == 1
 
 
 def test_unlike_models_data_and_lengths_are_marked_and_get_no_speed_up(tmp_path: Path) -> None:
