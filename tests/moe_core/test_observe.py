@@ -79,3 +79,30 @@ def test_on_one_node_nothing_crosses(tmp_path: Path):
     record, rows, _ = step(setting, tmp_path)
     assert record["bytes_between_nodes"] == 0
     assert record["bytes"]["flat"] == rows / 2
+
+
+def test_the_record_tells_rounds_and_changed_layouts_and_losses_stay(tmp_path: Path):
+    laer = {
+        "planner": "relayout",
+        "residency": "fully_sharded",
+        "slots_per_rank": 3,
+        "relayout": {"skip_below": 0, "hysteresis": 0, "window": 1},
+    }
+
+    def records(name: str, **parallel: Any) -> list[dict[str, Any]]:
+        def rank(comm: Communicator) -> list[dict[str, Any]]:
+            session = Session.open(config(**parallel), BACKEND, comm, tmp_path / name)
+            return [session.train_step() for _ in range(5)]
+
+        (tmp_path / name).mkdir()
+        return run_ranks(4, rank)[0]
+
+    plain, moving = records("ep"), records("laer", **laer)
+    bounded = records("bounded", max_rows_per_rank=8)
+    for other in (moving, bounded):
+        assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in plain], rel=1e-9)
+    assert plain[0]["plan"] == {"rounds": 2.0}  # one for each of two layers
+    assert bounded[0]["plan"]["rounds"] >= 2 * 3
+    assert moving[0]["plan"] == {"rounds": 2.0, "layouts_changed": 0.0, "layout_wait_seconds": 0.0}
+    assert sum(r["plan"]["layouts_changed"] for r in moving) >= 2
+    assert all(r["plan"]["layout_wait_seconds"] >= 0 for r in moving)
