@@ -116,14 +116,14 @@ def _nearest(points: Sequence[tuple[int, Any]], shape: LayerShape) -> list[tuple
 
 
 def _line(rows: np.ndarray, experts: np.ndarray, seconds: np.ndarray) -> Line:
-    """Non-negative least squares of relative errors."""
+    """Non-negative least squares of relative errors; a point far below the median is noise and gets no more weight."""
     from scipy.optimize import nnls
 
     columns = [rows, experts, np.ones_like(rows)]
     distinct = len({*zip(rows.tolist(), experts.tolist())})
     terms = [0] if distinct == 1 else [0, 1, 2] if len(set(experts.tolist())) > 1 else [0, 2]
     table = np.stack([columns[i] for i in terms], 1)
-    weight = 1 / np.maximum(seconds, 1e-9)
+    weight = 1 / np.maximum(seconds, max(0.1 * float(np.median(seconds)), 1e-9))
     scale = table.max(0)
     solved, _ = nnls(table / scale * weight[:, None], seconds * weight)
     found = dict(zip(terms, (solved / scale).tolist()))
