@@ -67,8 +67,14 @@ class Scaling:
     def parameters(self, prefix: str, std_down: float) -> tuple[Parameter, ...]:
         return ()
 
-    def compute(self, params: Mapping[str, Any], rows_ND: Any, exchange: Any, plan: Any) -> Any:
-        return self._ops.grouped_matmul(rows_ND, params["a"] * self._ops.asarray(self._eye), exchange.counts_C)
+    def gather(self, params: Mapping[str, Any], plan: Any) -> Any:
+        return params
+
+    def arrived(self, weights: Any) -> Any:
+        return weights
+
+    def compute(self, weights: Mapping[str, Any], rows_ND: Any, exchange: Any, plan: Any) -> Any:
+        return self._ops.grouped_matmul(rows_ND, weights["a"] * self._ops.asarray(self._eye), exchange.counts_C)
 
 
 @dataclass(frozen=True)

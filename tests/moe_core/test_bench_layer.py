@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from twinmoe.backends.registry import Backend, load
 from twinmoe.moe_core.bench_layer import ByteCounter, LayerRequest, run
-from twinmoe.moe_core.plain_ops import plain_ops
 from twinmoe.moe_core.cli import run as command_line
+from twinmoe.moe_core.plain_ops import plain_ops
 
 KEYS = {"shape", "ops", "forward_milliseconds", "milliseconds", "least", "most", "microseconds_per_row", "teraflops"}
 

@@ -281,7 +281,7 @@ def test_stdlib_is_two_domains_of_real_text_without_tests() -> None:
     assert len(topics.starts) > 50
     assert len(sources.starts) > 300
     library = Path(sysconfig.get_paths()["stdlib"])
-    text = sources.tokens.astype(np.uint8).tobytes()
+    text = np.asarray(sources.tokens).astype(np.uint8).tobytes()
     assert (library / "json/decoder.py").read_bytes() in text
     for left_out in ("idlelib/editor.py", "test/test_json/__init__.py", "pydoc_data/topics.py"):
         assert not (library / left_out).exists() or (library / left_out).read_bytes() not in text

@@ -21,7 +21,6 @@ from twinmoe.moe_core.combinations import ConfigError
 from twinmoe.moe_core.launch import Job, JobFailedError, free_port, run_job
 from twinmoe.moe_core.worker import Order, note_failure
 
-
 _BEFORE = "import json, os, sys, time\nrun = sys.argv[1]\n"
 
 

@@ -54,6 +54,7 @@ def trained(config: Config, ranks: int, world: int, run_dir: Path) -> list[list[
             tokens = Tokens(sequences=1, total=float(TOKENS * ranks))
             x_TD = variable(np.random.default_rng(comm.rank).standard_normal((TOKENS, WIDTH)))
             stats = layer(params, x_TD, tokens, Memo()).stats
+            assert stats is not None
             plans.append(stats.plan)
             recorder.add([stats])
             recorder.end_step(step)
