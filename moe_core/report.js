@@ -9,7 +9,8 @@
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "star"];
   const PATTERNS = ["", "/", ".", "x", "-", "\\", "|", "+"];
   const CONFIG = { displayModeBar: false, responsive: true, staticPlot: false };
-  const drawn = [], ofMoment = [];
+  const drawn = [], ofMoment = [], PAPER = 660;
+  let printing = false;
   const dark = () => document.documentElement.dataset.theme === "dark";
   const colour = (i) => { const all = PALETTE[dark() ? "dark" : "light"]; return all[i % all.length]; };
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -19,6 +20,7 @@
     const axis = { gridcolor: css("--line"), linecolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
     const given = more || {};
     return Object.assign({}, given, {
+      width: printing ? PAPER : undefined, autosize: !printing,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: given.showlegend || false,
       font: { color: css("--ink"), size: 12, family: getComputedStyle(document.body).fontFamily },
       height: given.height || 260, margin: Object.assign({ l: 8, r: 12, t: 8, b: 8 }, given.margin),
@@ -182,8 +184,8 @@
   const wanted = () => chosen || (prefers.matches ? "dark" : "light");
   prefers.addEventListener("change", () => theme(wanted()));
   document.getElementById("theme").addEventListener("click", () => { chosen = dark() ? "light" : "dark"; theme(chosen); });
-  window.addEventListener("beforeprint", () => theme("light"));
-  window.addEventListener("afterprint", () => theme(wanted()));
+  window.addEventListener("beforeprint", () => { printing = true; theme("light"); });
+  window.addEventListener("afterprint", () => { printing = false; theme(wanted()); });
   keys();
   document.documentElement.dataset.drawn = String(document.querySelectorAll(".main-svg").length);
 })();
