@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from twinmoe.moe_core import cli
@@ -36,3 +41,18 @@ def test_the_path_without_a_download_is_as_written(tmp_path: Path, monkeypatch: 
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in ours.named_parameters()]
     assert Path("ours/SHA256SUMS").exists()
     assert Path("tuned/tokenizer.json").read_bytes() == Path("MODEL/tokenizer.json").read_bytes()
+
+
+def test_the_script_with_a_trainer_runs_under_torchrun(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "script.py").write_text(code)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = subprocess.Popen([sys.executable, *words], cwd=tmp_path, start_new_session=True, **streams)
+    try:
+        told, _ = job.communicate(timeout=200)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 0, told[-3000:]
+    assert "train_loss" in told

@@ -27,7 +27,10 @@ def runs(ranks: int, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @lru_cache
 def unmodified() -> dict[str, dict[str, Any]]:
-    return dict(zip(MODELS, runs(1, [{"model": model, "parallel": None} for model in MODELS]), strict=True))
+    """By model, and of the accelerate script."""
+    wanted: list[dict[str, Any]] = [{"model": model, "parallel": None} for model in MODELS]
+    script = {"model": "gpt_oss", "parallel": None, "script": "accelerate"}
+    return dict(zip([*MODELS, "script"], runs(1, [*wanted, script]), strict=True))
 
 
 CASES = [(model, scheme) for model in MODELS for scheme in (SCHEMES if model == "qwen3_moe" else SCHEMES[:1])]
@@ -35,10 +38,11 @@ CASES = [(model, scheme) for model in MODELS for scheme in (SCHEMES if model == 
 
 @lru_cache
 def swapped() -> list[dict[str, Any]]:
-    """Of each case, and last of a stock Trainer."""
+    """Of each case, of the accelerate script, and last of a stock Trainer."""
+    script = {"model": "gpt_oss", "parallel": LENT, "script": "accelerate"}
     stock = {"model": "qwen3_moe", "parallel": {}, "stock": True}
     cases = [{"model": model, "parallel": scheme, "recompute": scheme is LENT} for model, scheme in CASES]
-    return runs(2, [*cases, stock])
+    return runs(2, [*cases, script, stock])
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -55,6 +59,14 @@ def test_twenty_clipped_steps_on_two_ranks_are_those_of_the_unmodified_model_on_
     assert found["sums"].keys() == alone["sums"].keys()
     for name, value in alone["sums"].items():
         assert found["sums"][name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_an_accelerate_script_that_accumulates_and_clips_is_the_same_too() -> None:
+    found, alone = swapped()[-2], unmodified()["script"]
+    assert len(alone["grad_norm"]) == 5
+    assert min(alone["grad_norm"]) > 0.1
+    np.testing.assert_allclose(found["loss"], alone["loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["grad_norm"], alone["grad_norm"], rtol=1e-6)
 
 
 def test_a_stock_trainer_that_clips_is_refused_with_the_remedy() -> None:

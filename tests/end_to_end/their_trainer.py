@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from twinmoe.backends.protocol import Launch
 from twinmoe.backends.registry import Backend
-from twinmoe.backends.torch_shared.blocks import ExpertClipping
+from twinmoe.backends.torch_shared.blocks import ExpertClipping, clip_gradients
 from twinmoe.moe_core import replace_moe_blocks, restore_moe_blocks
 from twinmoe.testing.end_to_end.huggingface import make_theirs
 
@@ -54,7 +56,33 @@ def train(backend: Backend, launch: Launch, runs: list[dict[str, Any]]) -> dict[
     place |= {"MASTER_ADDR": launch.address, "MASTER_PORT": launch.port}
     if launch.size > 1:
         os.environ.update({name: str(value) for name, value in place.items()})
-    return {"runs": [_run(backend, launch, **run) for run in runs]}
+    return {"runs": [(_script if "script" in run else _run)(backend, launch, **run) for run in runs]}
+
+
+def _script(
+    backend: Backend, launch: Launch, model: str, parallel: dict[str, Any] | None, folder: str, script: str
+) -> dict[str, Any]:
+    """A loop over accelerate, two micro-batches a step."""
+    accelerator: Any = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    theirs = make_theirs(model, output_router_logits=False, experts_implementation="eager").double()
+    if parallel is not None:
+        replace_moe_blocks(theirs, parallel, backend, launch)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3)
+    loader = DataLoader(Rows(), batch_size=BATCH // launch.size)
+    theirs, optimizer, loader = accelerator.prepare(theirs, optimizer, loader)
+    losses, norms = [], []
+    for batch in islice(loader, 10):
+        with accelerator.accumulate(theirs):
+            loss = theirs(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and parallel is None:
+                norms.append(float(accelerator.clip_grad_norm_(theirs.parameters(), 0.1)))
+            elif accelerator.sync_gradients:
+                norms.append(float(clip_gradients(theirs, 0.1)))
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+    return {"loss": losses, "grad_norm": norms, "script": script}
 
 
 def _run(
