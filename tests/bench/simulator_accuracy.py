@@ -100,14 +100,12 @@ def show(cells: dict[Any, list[tuple[str, float, float]]]) -> None:
                 right += (m1 < m2) == (s1 < s2) or abs(s1 / s2 - 1) < 1e-9
         best = min(rows, key=lambda row: row[2])
         picked += best[1] <= 1.05 * min(row[1] for row in rows)
-    within = sum(e[0] <= 0.15 for e in errors)
-    worst = max(errors)
+    within, worst = sum(e[0] <= 0.15 for e in errors), max(errors)
+    middle = 100 * np.median([e[0] for e in errors])
     print(
-        f"{len(errors)} cells, {within} within 15 %, median {100 * np.median([e[0] for e in errors]):.1f} %; ", end=""
+        f"{len(errors)} cells, {within} within 15 %, median {middle:.1f} %; worst {worst[1]}: {100 * worst[2]:+.1f} %"
     )
-    print(
-        f"worst {worst[1]}: {100 * worst[2]:+.1f} %; order right in {right} of {pairs} pairs that differ by over {TIE:.0%}; "
-    )
+    print(f"order right in {right} of {pairs} pairs that differ by over {TIE:.0%}")
     print(f"fastest by model is the measured fastest, or within 5 % of it, in {picked} of {len(cells)} cases")
 
 
