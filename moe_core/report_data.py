@@ -89,15 +89,20 @@ def experts(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def rank_load(records: Sequence[Record]) -> dict[str, Any]:
-    """Expert rows of each rank over the mean of all ranks by period, (ranks, periods)."""
-    rows = [(r["step"], np.asarray(r["rows_per_rank"], float)[None]) for r in records if r.get("rows_per_rank")]
+    """Expert rows of each rank over the mean of all ranks by period, (ranks, periods).
+
+    A run that went on with other ranks has None where a rank was not there; a period counts those of its last step.
+    """
+    rows = [(r["step"], r["rows_per_rank"]) for r in records if r.get("rows_per_rank")]
     if not rows:
         return {}
-    periods = [_over_mean(np.sum([row for _, row in part], 0))[0] for part in _parts(rows)]
-    return {
-        "periods": [_period(part) for part in _parts(rows)],
-        "load": np.round(periods, 3).T.tolist(),
-    }
+    most = max(len(row) for _, row in rows)
+    periods = []
+    for part in _parts(rows):
+        alike = [row for _, row in part if len(row) == len(part[-1][1])]
+        load = _over_mean(np.sum(np.asarray(alike, float), 0)[None])[0]
+        periods.append([*np.round(load, 3).tolist(), *[None] * (most - len(load))])
+    return {"periods": [_period(part) for part in _parts(rows)], "load": [list(rank) for rank in zip(*periods)]}
 
 
 def _period(part: Sequence[Any]) -> str:

@@ -25,7 +25,17 @@ def test_a_first_hour(tmp_path: Path) -> None:
 
     first = twinmoe("train", "small.yaml", "train.save_every=2", "--run-dir", "runs/a", "--nproc", "2")
     assert first["steps"] == 4
-    words = ("train.steps=6", "parallel.scheme=llep", "--run-dir", "runs/a", "--resume", "auto", "--nproc", "4")
+    words = (
+        "train.steps=6",
+        "train.save_every=2",
+        "parallel.scheme=llep",
+        "--run-dir",
+        "runs/a",
+        "--resume",
+        "auto",
+        "--nproc",
+        "4",
+    )
     further = twinmoe("train", "small.yaml", *words)
     assert (further["steps"], further["losses"][:4]) == (6, first["losses"])
     told = twinmoe("eval", "runs/a", "--batches", "4", "--nproc", "2")

@@ -53,3 +53,8 @@ def test_load_of_a_period_is_over_the_mean_of_its_layer() -> None:
     assert found["most"] == [[2.0] * PERIODS, [1.0] * PERIODS]
     assert rank_load([record(1, rows_per_rank=[30, 10])])["load"] == [[1.5], [0.5]]
     assert experts([record(1, expert_load=[])]) == {}
+
+
+def test_a_run_that_went_on_with_other_ranks_has_gaps() -> None:
+    found = rank_load([record(1, rows_per_rank=[30, 10]), record(2, rows_per_rank=[4, 4, 8])])
+    assert found["load"] == [[1.5, 0.75], [0.5, 0.75], [None, 1.5]]
