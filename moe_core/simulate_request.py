@@ -45,7 +45,7 @@ class Question:
 
 def simulate_schemes(question: Question, schemes: Sequence[str] | None = None) -> dict[str, Any]:
     """The JSON of `simulate`. ConfigError for a wrong request."""
-    config = load_config(question.config, question.words)
+    config = _measured(load_config(question.config, question.words))
     rates = rates_of(config, question.layer)
     trace = trace_of(config, question.trace, question.skew)
     rows = []
@@ -61,9 +61,19 @@ def simulate_schemes(question: Question, schemes: Sequence[str] | None = None) -
 
 def plan_ways(question: Question) -> tuple[Advice, Rates]:
     """What `plan` advises, and the rates that it used. ConfigError for a wrong request."""
-    config = load_config(question.config, question.words)
+    config = _measured(load_config(question.config, question.words))
     rates = rates_of(config, question.layer)
     return advise(config, question.ranks, trace_of(config, question.trace, question.skew), rates), rates
+
+
+def _measured(config: Config) -> Config:
+    """ConfigError where exchanges would cost nothing."""
+    if not any(level.beta for level in config.cluster.levels):
+        raise ConfigError(
+            f"no link of the cluster {config.cluster.name} was measured; run `twinmoe bench comm --fit --out FILE` and "
+            "add --cluster FILE"
+        )
+    return config
 
 
 def trace_of(config: Config, path: Path | None, skew: str) -> Trace:

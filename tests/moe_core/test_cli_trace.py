@@ -74,7 +74,8 @@ def test_rates_come_from_reports_of_bench_layer(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("plan", "quickstart", "--ranks", "4"), "does not say how fast a device computes"),
+        (("plan", "quickstart", "--ranks", "4"), "no link of the cluster one_host was measured"),
+        (("plan", "quickstart", "--cluster", "a6000_4x8", "--ranks", "4"), "does not say how fast a device computes"),
         (("plan", "quickstart", *FAST, "--ranks", "4", "--skew", "often"), "skew"),
         (("simulate", "quickstart", *FAST, "--ranks", "4", "--trace", "nowhere"), "no trace at nowhere"),
         (("simulate", "latent_hp", *FAST, "--ranks", "4"), "heads"),
