@@ -22,7 +22,7 @@ from ..protocol import Communicator, Component, Group
 from .interop import TorchLayerModule
 from .trainer import reduce_flat
 
-_NAMES: dict[torch.dtype, Any] = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_NAMES: dict[torch.dtype, Any] = {getattr(torch, n): n for n in ("float64", "float32", "bfloat16", "float16")}
 _TENSORS = ("gate_up_proj", "down_proj")
 
 

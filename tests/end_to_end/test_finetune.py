@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_a_trained_model_goes_back_to_transformers(models: Path, tmp_path: Path)
     import torch
     from transformers import AutoModelForCausalLM
 
-    origin, run_dir = models / "gpt_oss", tmp_path / "run"
+    origin, run_dir = shutil.copytree(models / "gpt_oss", tmp_path / "origin"), tmp_path / "run"
     words = [f"model.init_from={origin}", "train.steps=2", "train.save_every=2", "train.learning_rate=0.01"]
     words += ["train.global_batch_size=2", "train.micro_batch_size=null", "train.sequence_length=16"]
     words += ["train.dtype=float32", "backend=cpu", "data.source=text", f"data.paths=[{models / 'text.txt'}]"]
@@ -84,6 +85,9 @@ def test_a_trained_model_goes_back_to_transformers(models: Path, tmp_path: Path)
     before = Ours.start(load_or_skip("cpu"), origin, batch)
     before.forward_backward(batch)
     assert np.abs(before.logits[0] - logits).max() > 1e-2
+    shutil.rmtree(origin)
+    words = ["train", str(run_dir / "config.yaml"), "train.steps=3", "--nproc", "2", "--run-dir", str(run_dir)]
+    assert cli.run([*words, "--resume", "auto"]) == 0, "a run goes on without the folder that it started from"
 
 
 def test_a_run_does_not_need_the_folder_again(models: Path) -> None:

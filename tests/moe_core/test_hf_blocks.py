@@ -45,8 +45,9 @@ def test_experts_keep_the_models_dtype_and_follow_autocast() -> None:
     assert theirs(input_ids=IDS).logits.dtype == torch.bfloat16
     wide = make_theirs("gpt_oss")
     replace_moe_blocks(wide, backend="cpu")
-    with torch.autocast("cpu", torch.bfloat16):
-        wide(input_ids=IDS, labels=IDS).loss.backward()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            wide(input_ids=IDS, labels=IDS).loss.backward()
     assert {p.grad.dtype for p in wide.parameters()} == {torch.float32}
 
 
