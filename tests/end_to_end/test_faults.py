@@ -66,7 +66,7 @@ RAISED = [raised(rank, at) for rank in (0, 1) for at in ("forward", "save")]
 SILENT = [silent("sleep", "forward", 60), silent("sleep", "backward", 60), silent("stop", "forward", 0)]
 OTHERS = [
     Case(1, 3, "forward", "memory", 2, ("rank 1 ran out of memory in layers.", "train.micro_batch_size")),
-    Case(1, 3, "forward", "nan", 2, ("step 3: ", "--resume auto goes on from the last checkpoint")),
+    Case(1, 3, "forward", "nan", 2, ("layer 1, sequence ", "moe.nan_policy=skip")),
 ]
 EVERY = [*KILLED, *RAISED, *SILENT, *OTHERS]
 FEW = [killed(0, "rename")]
