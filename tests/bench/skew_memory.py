@@ -3,8 +3,9 @@
     python tests/bench/skew_memory.py --skew hot:95:8 --json out.json
 
 activation_bytes: floating arrays that operations return in a forward pass (fused experts count their output alone);
-kept_bytes: what autograd keeps for backward, borrowed and unsharded weights included, parameters not. Backend `cpu`,
-4 gloo ranks. ceiling: plain expert parallelism under this skew over the same under balanced choices.
+kept_bytes: what autograd keeps for backward, borrowed and unsharded weights included, parameters not; peak_bytes: the
+largest resident set of forward and backward less that before, processes of their own for each way. Backend `cpu`, 4 gloo ranks.
+ceiling: plain expert parallelism under this skew over the same under balanced choices.
 """
 
 from __future__ import annotations
@@ -32,27 +33,28 @@ WAYS: dict[str, dict[str, Any]] = {
     "llep": {**LLEP, "least_loaded": {"min_rows": 64}},
     "llep source_first": {**LLEP, "least_loaded": {"min_rows": 64, "spill_order": "source_first"}},
     "laer": {"planner": "relayout", "residency": "fully_sharded"},
+    "ep, budget": {"max_rows_per_rank": 0},
 }
+"""A budget of 0 stands for an equal share of the rows."""
 RANKS = 4
 
 
-def measure(backend: Backend, launch: Launch, sizes: dict[str, Any], skew: str) -> dict[str, Any]:
-    """{way: [[activation bytes, kept bytes, rows computed] of each rank]}."""
+def measure(backend: Backend, launch: Launch, sizes: dict[str, Any], skew: str, way: str) -> list[list[int]]:
+    """[activation bytes, kept bytes, peak bytes, rows computed] of each rank."""
     comm = backend.comm.connect(launch)
     moe = MoeConfig(num_experts=sizes["experts"], top_k=sizes["top_k"], expert_hidden_size=sizes["expert_hidden"])
-    found: dict[str, Any] = {}
-    for way, raw in WAYS.items():
-        config = ParallelConfig.model_validate(raw)
-        counter = ByteCounter(backend.ops)
-        runtime = make_runtime(counter.ops, comm, Mesh.over(comm.size, comm.size), config)
-        ids = choose(Skew.parse(skew), moe.num_experts, sizes["tokens"], moe.top_k, comm.rank)
-        router = ScriptedRouter(counter.ops, sizes["hidden"], moe.top_k, ids)
-        parts = build_layer(moe, config, runtime, LayerSpec(sizes["hidden"], "", router=router))
-        own = _call(backend, counter, parts, sizes)
-        everyone = comm.gather_to_host(np.array(own), runtime.groups["world"])
-        found[way] = everyone.astype(int).tolist()
+    raw = dict(WAYS[way])
+    if "max_rows_per_rank" in raw:
+        raw["max_rows_per_rank"] = sizes["tokens"] * sizes["top_k"]
+    config = ParallelConfig.model_validate(raw)
+    counter = ByteCounter(backend.ops)
+    runtime = make_runtime(counter.ops, comm, Mesh.over(comm.size, comm.size), config)
+    ids = choose(Skew.parse(skew), moe.num_experts, sizes["tokens"], moe.top_k, comm.rank)
+    router = ScriptedRouter(counter.ops, sizes["hidden"], moe.top_k, ids)
+    parts = build_layer(moe, config, runtime, LayerSpec(sizes["hidden"], "", router=router))
+    everyone = comm.gather_to_host(np.array(_call(backend, counter, parts, sizes)), runtime.groups["world"])
     comm.close()
-    return found
+    return everyone.astype(int).tolist()
 
 
 def _call(backend: Backend, counter: ByteCounter, parts: Any, sizes: dict[str, Any]) -> list[float]:
@@ -76,12 +78,13 @@ def _call(backend: Backend, counter: ByteCounter, parts: Any, sizes: dict[str, A
             for _ in range(3):
                 parts.layer(scoped(params, ""), x_TD, tokens, Memo())
     counter.counts = True
+    before = backend.trainer.peak_memory(reset=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = parts.layer(scoped(params, ""), x_TD, tokens, Memo())
     counter.counts = False
     rows = int(out.stats.plan.rows_per_rank()[parts.layer.group.index])
     out.y.sum().backward()
-    return [counter.bytes, sum(kept.values()), rows]
+    return [counter.bytes, sum(kept.values()), backend.trainer.peak_memory() - before, rows]
 
 
 def main() -> None:
@@ -94,9 +97,13 @@ def main() -> None:
     sizes = {n: getattr(words, n) for n in ("experts", "top_k", "hidden", "expert_hidden", "tokens")}
     report: dict[str, Any] = {"sizes": sizes, "ranks": RANKS, "rows": []}
     target = "twinmoe.testing.bench.skew_memory:measure"
-    even = run_processes(RANKS, target, {"sizes": sizes, "skew": "balanced"}, "cpu")["ep"]
+
+    def run(skew: str, way: str) -> Any:
+        return run_processes(RANKS, target, {"sizes": sizes, "skew": skew, "way": way}, "cpu")
+
+    even = run("balanced", "ep")
     for skew in words.skew or ["hot:95:8"]:
-        found = run_processes(RANKS, target, {"sizes": sizes, "skew": skew}, "cpu")
+        found = {way: run(skew, way) for way in WAYS}
         report["rows"] += [_row(skew, way, found["ep"], own, even) for way, own in found.items()]
     for row in report["rows"]:
         print(" | ".join(str(value) for value in row.values()))
@@ -107,8 +114,8 @@ def main() -> None:
 def _row(skew: str, way: str, plain: list[list[int]], own: list[list[int]], even: list[list[int]]) -> dict[str, Any]:
     """Figures of the busiest rank; gains are over plain expert parallelism under the same skew."""
     most, before, best = (np.array(a).max(0) for a in (own, plain, even))
-    row: dict[str, Any] = {"skew": skew, "way": way, "rows": int(most[2])}
-    for number, name in enumerate(("activation", "kept")):
+    row: dict[str, Any] = {"skew": skew, "way": way, "rows": int(most[3])}
+    for number, name in enumerate(("activation", "kept", "peak")):
         ceiling, gain = before[number] / best[number], before[number] / most[number]
         row[f"{name}_bytes"] = int(most[number])
         row[f"{name}_gain"] = round(float(gain), 2)
