@@ -4,8 +4,8 @@
 
 activation_bytes: floating arrays that operations return in a forward pass (fused experts count their output alone);
 kept_bytes: what autograd keeps for backward, borrowed and unsharded weights included, parameters not; peak_bytes: the
-largest resident set of forward and backward less that before, processes of their own for each way. Backend `cpu`, 4 gloo ranks.
-ceiling: plain expert parallelism under this skew over the same under balanced choices.
+largest resident set of forward and backward less that before, processes of their own for each way. Backend `cpu`, 4
+gloo ranks. ceiling: plain expert parallelism under this skew over the same under balanced choices.
 """
 
 from __future__ import annotations
