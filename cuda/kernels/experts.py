@@ -10,39 +10,54 @@ from . import launch, small
 from .gather_sum import gather_sum
 from .grouping import Grouping, Routing, group_rows, route_rows
 
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def routed_outputs(
+    x, weights, w_up, w_down, routing: Routing, save: bool, on: launch.Card
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, pre-activation if `save`) of `MoeMlp`."""
+    gated = w_up.shape[2] == 2 * w_down.shape[1]
+    act, h = launch.up(x, w_up, routing, routing.position.numel(), gated, save, on)
+    rows = launch.rows(act, w_down, routing.grouping, False, on)
+    return gather_sum(rows, routing.position, weights), h
+
+
+def routed_gradients(
+    grad, x, weights, w_up, w_down, h, routing: Routing, needs: tuple[bool, ...], on: launch.Card
+) -> Gradients:
+    """Gradients of x, weights, w_up, w_down, where needed."""
+    need_x, need_weights, need_up, need_down = needs
+    dh, act, d_weights = launch.activation_grad(grad, w_down, h, weights, routing, on)
+    d_down = launch.weight_grad(act, grad, routing, "b", "down", on) if need_down else None
+    del act
+    d_x = None
+    if need_x:
+        rows = launch.rows(dh, w_up, routing.grouping, True, on)
+        d_x = gather_sum(rows, routing.position, None)
+        del rows
+    d_up = launch.weight_grad(x, dh, routing, "a", "up", on) if need_up else None
+    assert d_weights is not None
+    return d_x, d_weights.view_as(weights).to(weights.dtype) if need_weights else None, d_up, d_down
+
 
 class MoeMlp(torch.autograd.Function):
     """y[t] = sum over k of weights[t, k] * f(x[t] @ w_up[e]) @ w_down[e], e = ids[t, k]. Saves x, h and indices."""
 
     @staticmethod
     def forward(ctx: Any, x, weights, w_up, w_down, routing: Routing, on: launch.Card):
-        gated = w_up.shape[2] == 2 * w_down.shape[1]
         save = any(ctx.needs_input_grad[:4])
-        act, h = launch.up(x, w_up, routing, routing.position.numel(), gated, save, on)
-        rows = launch.rows(act, w_down, routing.grouping, False, on)
+        y, h = routed_outputs(x, weights, w_up, w_down, routing, save, on)
         if save:
             ctx.save_for_backward(x, weights, w_up, w_down, h)
             ctx.routing, ctx.on = routing, on
-        return gather_sum(rows, routing.position, weights)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        x, weights, w_up, w_down, h = ctx.saved_tensors
-        routing, on = ctx.routing, ctx.on
-        need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
-        grad = grads[0].contiguous()
-        dh, act, d_weights = launch.activation_grad(grad, w_down, h, weights, routing, on)
-        d_down = launch.weight_grad(act, grad, routing, "b", "down", on) if need_down else None
-        del act
-        d_x = None
-        if need_x:
-            rows = launch.rows(dh, w_up, routing.grouping, True, on)
-            d_x = gather_sum(rows, routing.position, None)
-            del rows
-        d_up = launch.weight_grad(x, dh, routing, "a", "up", on) if need_up else None
-        if need_weights and d_weights is not None:
-            d_weights = d_weights.view_as(weights).to(weights.dtype)
-        return d_x, d_weights if need_weights else None, d_up, d_down, None, None
+        needs = ctx.needs_input_grad[:4]
+        found = routed_gradients(grads[0].contiguous(), *ctx.saved_tensors, ctx.routing, needs, ctx.on)
+        return *found, None, None
 
 
 class SortedMlp(torch.autograd.Function):
@@ -88,6 +103,10 @@ def moe_mlp(
     weights, w_up, w_down; between forward and backward only x, the pre-activation (not for tokens of width 64 and
     128) and indices are kept.
     """
+    if torch.compiler.is_compiling():
+        from .compiled import routed_mlp
+
+        return routed_mlp(x_TD.contiguous(), ids_TK, weights_TK.contiguous(), w_up, w_down)[0]
     on = launch.card(x_TD.device)
     if small.fits(x_TD, w_up, w_down) and on.narrow:
         narrow = small.narrow_schedule(x_TD.shape[1], on.programs)

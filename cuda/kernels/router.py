@@ -19,12 +19,9 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Selection:
-    """What is chosen: k of f(x @ w) + bias, f = sigmoid or nothing, within the `keep` best of `groups` groups."""
+    """What is chosen: the k best of x @ w + bias."""
 
     k: int
-    sigmoid: bool = False
-    groups: int = 1
-    keep: int = 1
     precision: Precision = "float32"
 
 
@@ -39,7 +36,7 @@ class Blocks:
     stages: int = 3
 
 
-HOPPER = Blocks()
+HOPPER = Blocks(bm=64, warps=4)
 AMPERE = Blocks(bm=64, be=64, bk=32)
 
 
@@ -57,10 +54,8 @@ def split_weights(w_HDE: torch.Tensor, dtype: torch.dtype, precision: Precision)
 
 def fits(x_NHD: torch.Tensor, w_HDE: torch.Tensor, choice: Selection) -> bool:
     """Whether the kernels take these shapes and dtypes: bfloat16 tokens (a float32 token is not split)."""
-    experts = w_HDE.shape[2]
-    grouped = choice.groups == 1 or (experts in (32, 64, 128, 256) and experts % choice.groups == 0)
-    fine = x_NHD.shape[2] % 64 == 0 and choice.k <= min(experts, 16) and x_NHD.shape[0] > 0
-    return x_NHD.dtype == torch.bfloat16 and w_HDE.dtype != torch.float64 and fine and grouped
+    fine = x_NHD.shape[2] % 64 == 0 and choice.k <= min(w_HDE.shape[2], 16) and x_NHD.shape[0] > 0
+    return x_NHD.dtype == torch.bfloat16 and w_HDE.dtype != torch.float64 and fine
 
 
 class RouterTopk(torch.autograd.Function):
@@ -102,15 +97,13 @@ def router_topk(
     ids_NHK: these instead of the best; their logits have the bits that choosing them gave.
     """
     major, minor = torch.cuda.get_device_capability(x_NHD.device)
-    blocks = blocks_for(w_HDE.shape[2], choice, major * 10 + minor)
+    blocks = blocks_for(w_HDE.shape[2], major * 10 + minor)
     return RouterTopk.apply(x_NHD.contiguous(), w_HDE, bias_HE, ids_NHK, choice, blocks)  # type: ignore[return-value]
 
 
-def blocks_for(experts: int, choice: Selection, capability: int) -> Blocks:
-    """Tile sizes on a compute capability (90 = Hopper); a group limit needs all experts in one tile."""
+def blocks_for(experts: int, capability: int) -> Blocks:
+    """Tile sizes on a compute capability (90 = Hopper)."""
     blocks = HOPPER if capability >= 90 else AMPERE
-    if choice.groups > 1:
-        return replace(blocks, bm=64 if capability >= 90 else 32, be=triton.next_power_of_2(experts))
     return replace(blocks, be=64) if experts <= 64 else blocks
 
 
@@ -127,7 +120,7 @@ def _choose(x, terms, bias, experts: int, choice: Selection, b: Blocks) -> tuple
         _flat(x.view(rows, heads * width), b.bm, b.bk), _flat(terms, b.bk, b.be),
         logits if bias is None else bias.contiguous(), logits, ids, rows, heads, width, experts,
         K=choice.k, SLOTS=max(2, triton.next_power_of_2(choice.k)), TERMS=terms.shape[0], BIASED=bias is not None,
-        SIGMOID=choice.sigmoid, GROUPS=choice.groups, KEEP=choice.keep, BM=b.bm, BE=b.be, BK=b.bk,
+        BM=b.bm, BE=b.be, BK=b.bk,
         num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     return logits, ids
@@ -147,7 +140,7 @@ def _look_up(x, terms, ids, experts: int, b: Blocks) -> torch.Tensor:
 def _token_grad(w, ids, grad, dtype: torch.dtype) -> torch.Tensor:
     """dx[n] = sum over k of grad[n, k] * w[:, ids[n, k]], in float32: rows of w, transposed, lie in cache."""
     heads, width, experts = w.shape
-    rows_of_w = w.to(torch.float32).transpose(1, 2).reshape(heads * experts, width)
+    rows_of_w = w.to(torch.float32).transpose(1, 2).contiguous().view(heads * experts, width)
     position = ids + torch.arange(heads, device=ids.device)[None, :, None] * experts
     dx = gather_sum(rows_of_w, position.flatten(0, 1), grad.flatten(0, 1), dtype)
     return dx.view(ids.shape[0], heads, width)

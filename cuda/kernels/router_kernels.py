@@ -25,40 +25,15 @@ def _scores(x_desc, w_desc, row, head, heads, column, D, TERMS: tl.constexpr, BM
 
 
 @triton.jit
-def _best_groups(scores, GROUPS: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr):
-    """Minus infinity outside the KEEP groups whose two best scores have the largest sum (DeepSeek-V3, eq. 16)."""
-    column = tl.arange(0, BE)[None, :]
-    group = column // (BE // GROUPS)
-    slot = tl.arange(0, GROUPS)[None, :]
-    values = tl.full((BM, GROUPS), float("-inf"), tl.float32)
-    for g in tl.static_range(GROUPS):
-        own = tl.where(group == g, scores, float("-inf"))
-        first = tl.max(own, axis=1)
-        place = tl.min(tl.where(own == first[:, None], column, BE), axis=1)
-        second = tl.max(tl.where(column == place[:, None], float("-inf"), own), axis=1)
-        values = tl.where(slot == g, tl.maximum(first + second, LOWEST)[:, None], values)
-    kept = tl.zeros((BM, GROUPS), tl.int32)
-    for _ in tl.static_range(KEEP):
-        best = tl.max(values, axis=1)[:, None]
-        taken = slot == tl.min(tl.where(values == best, slot, GROUPS), axis=1)[:, None]
-        kept = tl.where(taken, 1, kept)
-        values = tl.where(taken, float("-inf"), values)
-    for g in tl.static_range(GROUPS):
-        allowed = tl.max(tl.where(slot == g, kept, 0), axis=1)[:, None] > 0
-        scores = tl.where((group == g) & ~allowed, float("-inf"), scores)
-    return scores
-
-
-@triton.jit
 def choose_kernel(
     x_desc, w_desc, bias_ptr, logits_ptr, ids_ptr, N, heads, D, E,
-    K: tl.constexpr, SLOTS: tl.constexpr, TERMS: tl.constexpr, BIASED: tl.constexpr, SIGMOID: tl.constexpr,
-    GROUPS: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, SLOTS: tl.constexpr, TERMS: tl.constexpr, BIASED: tl.constexpr, BM: tl.constexpr,
+    BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """ids and logits (N, heads, K) of the K best of f(x @ w) + bias, best first, ties to the lower id.
+    """ids and logits (N, heads, K) of the K best of x @ w + bias, best first, ties to the lower id.
 
-    x_desc over (N, heads * D), box (BM, BK); w_desc over (TERMS * heads * D, >= E), box (BK, BE); bias (heads, E);
-    f is sigmoid or nothing. SLOTS: K rounded up to a power of two. GROUPS > 1 needs E == BE.
+    x_desc over (N, heads * D), box (BM, BK); w_desc over (TERMS * heads * D, >= E), box (BK, BE); bias (heads, E).
+    SLOTS: K rounded up to a power of two.
     """
     row, head = tl.program_id(0) * BM, tl.program_id(1)
     slot = tl.arange(0, SLOTS)[None, :]
@@ -68,13 +43,11 @@ def choose_kernel(
     for first in tl.range(0, E, BE):
         logits = _scores(x_desc, w_desc, row, head, heads, first, D, TERMS, BM, BE, BK)
         column = first + tl.arange(0, BE)
-        scores = tl.sigmoid(logits) if SIGMOID else logits
+        scores = logits
         if BIASED:
             scores += tl.load(bias_ptr + head * E + column, mask=column < E, other=0.0)[None, :]
         scores = tl.where(scores > LOWEST, scores, LOWEST)
         scores = tl.where((column < E)[None, :], scores, float("-inf"))
-        if GROUPS > 1:
-            scores = _best_groups(scores, GROUPS, KEEP, BM, BE)
         new, new_logit, new_id = best, best_logit, best_id
         for j in tl.static_range(K):
             here, before = tl.max(scores, axis=1), tl.max(best, axis=1)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from bench_cuda_layer import CASES, Case, make, median_ms
 from twinmoe.cuda.kernels import launch
-from twinmoe.cuda.kernels.config import Ring, Rings, Tile
+from twinmoe.cuda.kernels.config import HOPPER, Ring, Rings, Tile
 from twinmoe.cuda.kernels.grouping import route_rows
 
 SMALL = Case(640, 256, 256, 4, 2)
@@ -63,9 +63,8 @@ VARIANTS: dict[str, list[Tile]] = {
 }  # fmt: skip
 VARIANTS["dw_down"] = VARIANTS["dw_up"]
 RINGS: dict[str, list[Ring]] = {
-    kernel: [Ring(group=g) for g in (4, 8, 16)] + [Ring(3, 4)] for kernel in ("up", "down", "dx", "dw_up", "dw_down")
+    kernel: [replace(getattr(HOPPER.rings, kernel), group=group) for group in (2, 4, 8, 16, 32)] for kernel in VARIANTS
 }
-RINGS["act"] = [Ring(3, 3, group=g) for g in (4, 8, 16)] + [Ring(3, 2, slots=3)]
 
 
 def calls(kernel: str, case: Case, on: launch.Card) -> tuple[float, Callable[[launch.Card], torch.Tensor]]:

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from twinmoe.cuda.kernels import launch_specialised as special
+from twinmoe.cuda.kernels import router, small
 from twinmoe.cuda.kernels.config import HOPPER, Ring
 from twinmoe.cuda.kernels.grouping import _route_by_torch
 
@@ -92,3 +93,47 @@ def test_kernel_fits_an_h100(built: list[Any], tmp_path: Path, name: str) -> Non
     assert kernel.metadata.shared <= 227 * 1024
     assert kernel.asm["ptx"].count("wgmma.mma_async") > 0
     assert len(re.findall(r"\bSTL\b", sass)) <= 2, "a value or two saved outside the loop at most"
+
+
+class CompileOnly:
+    """kernel[grid](...) compiles and remembers."""
+
+    def __init__(self, kernel: Any, built: list[Any]) -> None:
+        self._kernel, self._built = kernel, built
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **constants: self._built.append(self._kernel.warmup(*args, grid=grid, **constants))
+
+
+def test_router_kernels_fit_an_h100(built: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("choose_kernel", "given_kernel"):
+        monkeypatch.setattr(router, name, CompileOnly(getattr(router, name), built))
+    x, w, choice, blocks = (
+        random(256, 2, 128),
+        torch.zeros(2, 128, 200),
+        router.Selection(8),
+        router.blocks_for(200, 90),
+    )
+    terms = router.split_weights(w, BF16, choice.precision)
+    router._choose(x, terms, torch.zeros(2, 200), 200, choice, blocks)
+    router._look_up(x, terms, torch.zeros((256, 2, 8), dtype=torch.int64), 200, blocks)
+    assert len(built) == 2
+    for kernel in built:
+        assert kernel.metadata.shared <= 227 * 1024
+        assert kernel.asm["ptx"].count("wgmma.mma_async") > 0
+
+
+@pytest.mark.parametrize("width", sorted(small.NARROW))
+def test_kernels_of_narrow_experts_fit_an_h100(built: list[Any], monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    for name in ("small_forward_kernel", "small_token_grad_kernel", "small_weight_grad_kernel"):
+        monkeypatch.setattr(small, name, CompileOnly(getattr(small, name), built))
+    monkeypatch.setattr(small, "gather_sum", lambda rows, position, weights: rows[: position.shape[0]])
+    on = small.narrow_schedule(width, 132)
+    routing = _route_by_torch(torch.arange(T * K).reshape(T, K) % E, E, on.block_m)
+    leaves = [random(T, width), torch.ones(T, K), random(E, width, 2 * F), random(E, F, width)]
+    y = small.SmallMlp.apply(*(leaf.requires_grad_() for leaf in leaves), routing, on)
+    torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert len(built) == 3
+    for kernel in built:
+        assert kernel.metadata.shared <= 227 * 1024
+        assert kernel.asm["ptx"].count("wgmma.mma_async") > 0
