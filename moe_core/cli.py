@@ -366,7 +366,7 @@ def _cell(value: Any) -> str:
 def run(words: Sequence[str]) -> int:
     """Run one command line and return its exit status."""
     try:
-        app(list(words) or ["--help"], prog_name="twinmoe", standalone_mode=False)
+        status = app(list(words) or ["--help"], prog_name="twinmoe", standalone_mode=False)
     except _BAD_WORDS as error:
         return _complain(f"{error.format_message().rstrip('.')}; see --help", 2)
     except REQUEST_ERRORS as error:
@@ -375,12 +375,10 @@ def run(words: Sequence[str]) -> int:
         return _complain(str(error), 2 if error.request else 1)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", 1)
-    except typer.Exit as error:
-        return error.exit_code
     except Exception:
         traceback.print_exc()
         return 1
-    return 0
+    return status if isinstance(status, int) else 0  # what a command that raises typer.Exit asked for
 
 
 def _complain(sentence: str, status: int) -> int:

@@ -243,3 +243,11 @@ def test_documented_options_exist_and_all_take_json(run: Run) -> None:
         help_text = run(*command.split(), "--help")[1]
         for option in [*options, "--json"]:
             assert option in help_text, f"{command}: {option}"
+
+
+def test_checks_that_fail_are_exit_status_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinmoe.moe_core import verify_request
+
+    failed = {"failed": 1, "failures": [], "passed": 0, "cases": 1, "backends": ["cpu"], "world_sizes": [2]}
+    monkeypatch.setattr(verify_request, "verify", lambda request: {**failed, "worst_relative_error": 1.0})
+    assert run("verify", "--level", "quick")[0] == 1
