@@ -48,6 +48,7 @@ def test_the_grid_counts_the_cases_of_verify(hooks: Any) -> None:
     assert "| `float64` | 1e-10 |" in grid
 
 
+@pytest.mark.slow  # `make docs` does it, too
 @pytest.mark.processes
 @pytest.mark.timeout(240)
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -45,6 +45,12 @@ def evaluated(folder: Path, run_dir: Path, ranks: int = RANKS, **request: Any) -
     return run_ranks(ranks, lambda comm: run_rank(backend, Launch(comm.rank, ranks), options, run_dir), 120)[0]
 
 
+@pytest.fixture(scope="module")
+def plain(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """On one rank, and on two by plain expert parallelism."""
+    return [evaluated(trained[0], tmp_path_factory.mktemp("plain"), ranks) for ranks in (1, RANKS)]
+
+
 def test_the_sum_over_domains_is_the_validation_loss_of_training(trained: Any, tmp_path: Path) -> None:
     run, summary = trained
     report = evaluated(run, tmp_path, batches=9)
@@ -59,10 +65,12 @@ def test_the_sum_over_domains_is_the_validation_loss_of_training(trained: Any, t
 
 
 @pytest.mark.parametrize("scheme", ["llep", "laer", "hiermoe"])
-def test_the_loss_does_not_depend_on_the_scheme_or_the_ranks(trained: Any, tmp_path: Path, scheme: str) -> None:
+def test_the_loss_does_not_depend_on_the_scheme_or_the_ranks(
+    trained: Any, plain: list[dict[str, Any]], tmp_path: Path, scheme: str
+) -> None:
     words = (f"parallel.scheme={scheme}", "parallel.least_loaded.min_rows=1", "parallel.slots_per_rank=3")
     words += ("parallel.placement=fixed",) if scheme == "hiermoe" else ()
-    one, other = (evaluated(trained[0], tmp_path, *how) for how in ((1,), ()))
+    one, other = plain
     there = evaluated(trained[0], tmp_path, overrides=words)
     for report in (other, there):
         assert report["loss"] == pytest.approx(one["loss"], rel=1e-12)
@@ -79,11 +87,11 @@ def test_other_data_count_whole_or_up_to_a_number_of_batches(trained: Any, tmp_p
     assert short["domains"][0]["sequences"] == 2 * 4
 
 
-def test_without_a_number_every_held_out_token_counts_once(trained: Any, tmp_path: Path) -> None:
+def test_without_a_number_every_held_out_token_counts_once(trained: Any, plain: list[dict[str, Any]]) -> None:
     config = config_of(EvaluateRequest(trained[0]))
     data = open_data(config.data, config.train)
     held = [sum(s.positions for p in data._validation for s in p.streams if s.domain == d) for d in (0, 1)]
-    assert [d["targets"] for d in evaluated(trained[0], tmp_path)["domains"]] == held
+    assert [d["targets"] for d in plain[0]["domains"]] == held
 
 
 def test_requests_that_lead_nowhere_are_refused(trained: Any, tmp_path: Path) -> None:
