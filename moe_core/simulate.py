@@ -140,8 +140,12 @@ def simulate(ways: Mapping[str, Config], ranks: int, task: Task, rates: Rates) -
     first = next(iter(ways.values()))
     for layer, times in task.alike or tuple((layer, 1) for layer in range(moe_layers(first))):
         steps = task.source(layer)
+        sizes = {tally.mesh.expert for tally in tallies.values()}
+        split = {size: [[_groups(choices, size) for choices in step] for step in steps] for size in sizes}
+        distinct = {size: _distinct(split[size]) for size in sizes}
         for name, config in ways.items():
-            _run_layer(config, tallies[name], steps, task, times)
+            size = tallies[name].mesh.expert
+            _run_layer(config, tallies[name], _Layer(split[size], distinct[size], times), task)
     return [_finish(name, config, tallies[name], ranks, task.whole) for name, config in ways.items()]
 
 
@@ -165,12 +169,20 @@ def _tally(config: Config, ranks: int, rates: Rates) -> _Tally:
     return _Tally(site_of(config, mesh, rates, shape), mesh)
 
 
-def _run_layer(config: Config, tally: _Tally, steps: Sequence[Sequence[Choices]], task: Task, times: int) -> None:
+@dataclass(frozen=True)
+class _Layer:
+    """loads: by step, micro-batch and group; distinct: (group, groups like it); times: layers like this one."""
+
+    loads: list[list[list[Load]]]
+    distinct: list[tuple[int, int]]
+    times: int
+
+
+def _run_layer(config: Config, tally: _Tally, layer: _Layer, task: Task) -> None:
     """One layer in all distinct groups."""
-    settle, micros = task.settle, micro_batches(config, tally.mesh) / len(steps[-1]) if task.whole else 1.0
-    size = tally.mesh.expert
-    split = [[_groups(choices, size) for choices in step] for step in steps]
-    for group, copies in _distinct(split):
+    split, settle = layer.loads, task.settle
+    micros = micro_batches(config, tally.mesh) / len(split[-1]) if task.whole else 1.0
+    for group, copies in layer.distinct:
         run = LayerRun(config, tally.site)
         first = [loads[group] for loads in split[0]]
         for _ in range(settle if config.parallel.planner == "relayout" else 0):
@@ -187,7 +199,7 @@ def _run_layer(config: Config, tally: _Tally, steps: Sequence[Sequence[Choices]]
             else:
                 run.swap(loads[-1])
         tally.swaps += run.swaps
-        tally.add(group, copies, costs, (times, micros))
+        tally.add(group, copies, costs, (layer.times, micros))
 
 
 def _groups(choices: Choices, size: int) -> list[Load]:
