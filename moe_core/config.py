@@ -254,7 +254,7 @@ class ClusterConfig(Section):
     """
 
     name: str = "one_host"
-    levels: tuple[LevelConfig, ...] = (LevelConfig(name="host"),)
+    levels: tuple[LevelConfig, ...] = Field(default=(LevelConfig(name="host"),), min_length=1)
     device_memory_bytes: int | None = Field(default=None, gt=0)
     device_teraflops: float | None = Field(default=None, gt=0)
 

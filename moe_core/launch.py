@@ -26,6 +26,7 @@ WORKER = __name__.rsplit(".", 1)[0] + ".worker"
 _LAUNCHER_LOG = "launcher.log"
 _STOP = b"s"  # one rank hears it and tells the others in the next step
 _ORDERLY, _HARD = 5.0, 5.0  # seconds that remaining workers and their launcher get to end
+_REPORT = 15.0  # torchrun gets longer where a rank is gone: it says by which signal
 
 
 class JobFailedError(Exception):
@@ -97,10 +98,12 @@ def run_job(job: Job, watcher: Watcher) -> dict[str, Any]:
         failed_at, lost = None, None
         while workers.alive():
             watcher.poll()
-            lost = lost_rank(job.logs) if lost is None else lost
-            if failed_at is None and (lost is not None or any(job.logs.glob("rank_*.error.json"))):
-                failed_at = time.monotonic()
-            if workers.hurry or (failed_at is not None and time.monotonic() - failed_at > _ORDERLY):
+            if failed_at is None:
+                failed = any(job.logs.glob("rank_*.error.json"))
+                lost = None if failed else lost_rank(job.logs)  # after a failure others are ended for its sake
+                failed_at = time.monotonic() if failed or lost is not None else None
+            patience = _ORDERLY if lost is None or job.launcher == "msrun" else _REPORT
+            if workers.hurry or (failed_at is not None and time.monotonic() - failed_at > patience):
                 workers.end()
             time.sleep(0.1)
     watcher.poll()
@@ -177,7 +180,7 @@ def _outcome(job: Job, workers: _Workers, lost: int | None) -> dict[str, Any]:
     if summary.exists() and not failures and workers.status == 0:
         return json.loads(summary.read_text(encoding="utf-8"))
     killed = _killed((job.logs / _LAUNCHER_LOG).read_text(encoding="utf-8", errors="replace"))
-    if killed is None and lost is not None:
+    if killed is None and lost is not None and not workers.asked_to_stop:
         killed = f"rank {lost} was ended from outside (often: out of memory); all ranks have ended"
     if killed and not (failures and failures[0]["request"]):
         raise JobFailedError(f"{killed}; see {job.logs}")

@@ -17,7 +17,7 @@ from twinmoe.testing.end_to_end.command import SMALL, Done, command, gone, prepa
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
-TIMEOUT_S = 10
+TIMEOUT_S = 15
 WORDS = ("train.steps=6", "train.save_every=2", f"train.timeout_s={TIMEOUT_S}", "--nproc", "2", "--run-dir")
 SOON = 20.0
 """Seconds in which a job ends, beyond the timeout where that is what finds the fault."""
