@@ -37,7 +37,7 @@ DROPS = {"capacity_factor": "1.25"}
 SIZES = (8, 32, 128, 512)
 VARIANTS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("topk", {}, "looks at k + 1 columns for ties"),
-    ("switch", {}, ""),
+    ("switch", {}, "looks at k + 1 columns for ties"),
     ("grap", {"score_scale": "sqrt"}, ""),
     ("hash", {}, ""),
     ("hierarchical", {"num_groups": 2}, ""),

@@ -30,7 +30,9 @@ class Line:
     own_differences: Sequence[float]
 
     def mean(self, key: str) -> float:
-        return statistics.mean(statistics.mean(v) if isinstance(v := r[key], list) else v for r in self.results)
+        """Over seeds and layers; not a number where a run did not measure it."""
+        values = [r.get(key, math.nan) for r in self.results]
+        return statistics.mean(statistics.mean(v) if isinstance(v, list) else v for v in values)
 
     @property
     def local(self) -> float:
@@ -110,11 +112,15 @@ def table(found: Sequence[Line]) -> list[str]:
         name = f"**{short(line.setting)}**" if line in best else short(line.setting)
         rows.append(
             f"| {name} | {len(line.results)} | {line.mean('validation_loss'):.4f} | {line.difference:+.2f} | "
-            f"{spread} | {own} | {line.local:.3f} | {layers} | {line.mean('swapped_share'):.3f} | "
+            f"{spread} | {own} | {line.local:.3f} | {layers} | {_or_dash(line.mean('swapped_share'))} | "
             f"{line.mean('rows_crossing_per_token'):.3f} | {line.mean('load_max_over_mean'):.2f} | "
             f"{100 * line.mean('drop_rate'):.1f} |"
         )
     return rows
+
+
+def _or_dash(number: float) -> str:
+    return "-" if math.isnan(number) else f"{number:.3f}"
 
 
 def short(setting: str) -> str:
@@ -134,7 +140,9 @@ WIDTH, HEIGHT, MARGIN, LEFT, HIGHEST = 760, 460, 50, 0.45, 8.0
 
 
 def picture(found: Sequence[Line]) -> str:
-    """Scatter of loss difference (up) over local share (right) as SVG; the front in colour, the aim shaded."""
+    """Scatter of loss difference (up) over local share (right) as SVG: fronts in colour, the aim shaded, shorter runs
+    hollow."""
+    most, fronts = max(line.steps for line in found), front(found)
     low = math.floor(min(line.difference for line in found))
     high = math.ceil(min(HIGHEST, max(line.difference for line in found)))
 
@@ -147,20 +155,19 @@ def picture(found: Sequence[Line]) -> str:
         '<style>text{font:10px sans-serif}</style><rect width="100%" height="100%" fill="white"/>',
         *_axes(place, low, high),
     ]
-    best, taken = front(found), []
-    for line in found:
+    for line in sorted(found, key=lambda line: line.steps):
         x, y = place(line.local, line.difference)
-        colour = "#c00" if line in best else "#777"
+        best, longest = line in fronts, line.steps == most
+        colour = "#c00" if best else "#777"
         parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" stroke="{colour}" fill="{colour if longest else "white"}">'
             f"<title>{line.setting}: {line.local:.1%}, {line.difference:+.2f} %</title></circle>"
         )
-        taken.append((x, y))
-        if line in best:
-            anchor = "end" if x > WIDTH - 200 else "start"
+        if longest:
+            anchor, shift = ("end", -7) if x > WIDTH - 200 else ("start", 7)
             parts.append(
-                f'<text x="{x + (-7 if anchor == "end" else 7):.1f}" y="{y + 12:.1f}" fill="{colour}" '
-                f'text-anchor="{anchor}">{short(line.setting)}</text>'
+                f'<text x="{x + shift:.1f}" y="{y + 12:.1f}" fill="{colour}" text-anchor="{anchor}">'
+                f"{short(line.setting)}</text>"
             )
     parts.append(f'<text x="{WIDTH / 2 - 110}" y="{HEIGHT - 12}">share of rows that stay on their node</text>')
     parts.append('<text x="10" y="20">validation loss against switch without locality, same seeds</text></svg>')
@@ -185,18 +192,18 @@ def _axes(place: Callable[[float, float], tuple[float, float]], low: int, high: 
 
 
 def report(page: Path, files: Sequence[Path]) -> None:
-    """Replace what stands between the marks of the page, and draw the front of the most common length beside it."""
+    """Replace what stands between the marks of the page, and draw the fronts of lengths with five settings or more."""
     begin, end = "<!-- measured -->", "<!-- end -->"
     found = lines(read(files))
-    lengths = sorted({line.steps for line in found}, key=lambda n: -sum(line.steps == n for line in found))
+    lengths = sorted({line.steps for line in found}, reverse=True)
     measured: list[str] = []
     for steps in lengths:
         measured += [f"### {steps} steps", "", *table([line for line in found if line.steps == steps]), ""]
     text = page.read_text(encoding="utf-8")
     before, after = text.split(begin)[0], text.split(end)[1]
     page.write_text(before + begin + "\n\n" + "\n".join(measured) + "\n" + end + after, encoding="utf-8")
-    drawn = picture([line for line in found if line.steps == lengths[0]])
-    page.with_name(page.stem + "_front.svg").write_text(drawn, encoding="utf-8")
+    many = [line for line in found if sum(other.steps == line.steps for other in found) >= 5]
+    page.with_name(page.stem + "_front.svg").write_text(picture(many), encoding="utf-8")
 
 
 if __name__ == "__main__":
