@@ -38,7 +38,7 @@ SIZES = (8, 32, 128, 512)
 VARIANTS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("topk", {}, "looks at k + 1 columns for ties"),
     ("switch", {}, "looks at k + 1 columns for ties"),
-    ("grap", {"score_scale": "sqrt"}, ""),
+    ("grap", {"score_scale": "sqrt"}, "looks at k + 1 columns for ties"),
     ("hash", {}, ""),
     ("hierarchical", {"num_groups": 2}, ""),
     ("topk", LOSSES, "adds the balance and z losses"),
