@@ -26,7 +26,7 @@ from .plan import Plan
 from .planners.static import owners, plan_static, slot_table
 from .routing.base import Memo, Tokens
 from .swapping import Swapper, swap_policy
-from .synthetic import ScriptedRouter, Skew, choose
+from .synthetic import ScriptedRouter, Skew, choose, quick_values
 from .topology import Topology, cluster_of_launch, node_of_ranks, topology_of
 from .transformer import scoped
 from .transport.hierarchical import BYTES
@@ -147,7 +147,7 @@ def _contender(name: str, config: Config, load: Load, backend: Backend, runtimes
 
     # inputs have a gradient, as inside a model: its exchange is part of a step
     scale = Parameter(f"{PREFIX}w_scale", (1,), lambda: np.ones(1), master=True)
-    component = Component("moe", (*parts.parameters, scale), forward)
+    component = Component("moe", (*quick_values(parts.parameters, load.seed), scale), forward)
     state = backend.trainer.build([component], TrainOptions(dtype=load.dtype), runtime.groups, runtime.comm)  # type: ignore[arg-type]
 
     def loss() -> tuple[Any, MoEOutput]:

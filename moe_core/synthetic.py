@@ -11,8 +11,8 @@ counts:FILE     as often as a JSON list of E numbers says
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +164,19 @@ class ScriptedRouter:
 
     def update_state(self, state: State, totals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(state)
+
+
+def quick_values(parameters: Sequence[Parameter], seed: int) -> tuple[Parameter, ...]:
+    """The same tensors with first values that cost little to draw (float32, uniform): for timings, where billions of
+    normal ones would take longer than what is measured."""
+
+    def drawn(parameter: Parameter) -> Parameter:
+        shape = parameter.shape
+        return replace(
+            parameter,
+            initial=lambda: (
+                (np.random.default_rng(seed).random(shape, np.float32) - np.float32(0.5)) * np.float32(0.07)
+            ),
+        )
+
+    return tuple(map(drawn, parameters))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from twinmoe.backends.protocol import Parameter
 from twinmoe.moe_core.combinations import ConfigError
-from twinmoe.moe_core.synthetic import Skew, choose
+from twinmoe.moe_core.synthetic import Skew, choose, quick_values
 
 TOKENS, EXPERTS = 4000, 16
 
@@ -80,3 +81,14 @@ def test_repeated_ids_are_marked_and_follow_counts(tmp_path: Path):
 def test_impossible_skews_are_refused(text: str, told: str):
     with pytest.raises(ConfigError, match=told):
         choose(Skew.parse(text), EXPERTS, 10, 4, 0)
+
+
+def test_quick_values_are_small_distinct_and_the_same_each_time() -> None:
+    parameter = Parameter("w", (40, 50), lambda: np.ones((40, 50)))
+    (quick,) = quick_values([parameter], seed=3)
+    first = quick.initial()
+    assert first.shape == (40, 50)
+    assert first.dtype == np.float32
+    assert np.abs(first).max() <= 0.035
+    assert len(np.unique(first)) > 1900
+    assert np.array_equal(first, quick.initial())
