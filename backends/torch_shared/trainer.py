@@ -89,7 +89,8 @@ class TorchTrainer:
             ignored = {value for name, value in module.named().items() if name not in mine}
             sharded: Any = fully_shard(module, mesh=mesh, ignored_params=ignored)
             sharded.set_gradient_divide_factor(1.0)
-            if self.device.type == "cpu" and hasattr(sharded, "set_force_sum_reduction_for_comms"):  # gloo: plain sums only
+            # gloo has plain sums only
+            if self.device.type == "cpu" and hasattr(sharded, "set_force_sum_reduction_for_comms"):
                 sharded.set_force_sum_reduction_for_comms(True)
         return frozenset(mine)
 
