@@ -135,7 +135,7 @@ def test_a_checkpoint_of_four_heads_ranks_is_read_by_any_other_layout(residency:
     (tmp_path / "new").mkdir()
     run_ranks(8, save)
     (tmp_path / "checkpoints").mkdir()
-    publish(tmp_path / "new", tmp_path / "checkpoints" / "step_00000001", 8, {"step": 1})
+    publish(tmp_path / "new", tmp_path / "checkpoints" / "step_00000001", 8, {"step": 1, "updates": 1})
     for head, expert in ((1, 1), (2, 1), (2, 2), (1, 4), (8, 1)):
         counts = run_ranks(head * expert, lambda comm, h=head, e=expert: load(comm, h, e))
         assert counts == [5 * len(KINDS)] * (head * expert)

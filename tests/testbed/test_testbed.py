@@ -79,7 +79,8 @@ def test_ranks_that_do_not_end_are_ended(nothing_left: None, tmp_path: Path):
 def test_a_terminated_command_leaves_no_namespace_behind(tmp_path: Path):
     script = (
         "import time; from twinmoe.moe_core.testbed import *\n"
-        "with Testbed(Shape(2, 1)): print('ready', flush=True); time.sleep(60)"
+        "with Testbed(Shape(2, 1)):\n    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.05)"  # a signal just before one long sleep would be seen after it only
     )
     command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert command.stdout is not None
