@@ -19,9 +19,10 @@ from ..backends.registry import Backend
 from .build import LayerSpec, Runtime, build_layer, make_runtime
 from .combinations import ConfigError
 from .compose import load_config
-from .config import Config, MoeConfig
+from .config import Config
 from .mesh import Mesh
 from .plain_ops import contract_of, plain_ops, replaced
+from .planning import layer_shape
 from .routing.base import Memo, Tokens
 from .synthetic import ScriptedRouter, Skew, choose
 from .transformer import scoped
@@ -202,7 +203,8 @@ def _copy_seconds(backend: Backend, request: LayerRequest, config: Config) -> fl
 
 def _row(request: LayerRequest, name: str, config: Config, contender: Contender) -> dict[str, Any]:
     moe, both = config.moe, [1e3 * s for s in contender.seconds["both"]]
-    copies = request.tokens * moe.top_k
+    copies, width = request.tokens * moe.top_k, config.model.hidden_size
+    flops = 3.0 * layer_shape(moe, width, BYTES[request.dtype]).row_flops  # backward is twice forward
     updates = 1e3 * statistics.median(contender.seconds["optimizer"])
     return {
         "shape": name,
@@ -216,18 +218,12 @@ def _row(request: LayerRequest, name: str, config: Config, contender: Contender)
         "least": min(both),
         "most": max(both),
         "microseconds_per_row": 1e3 * statistics.median(both) / copies,
-        "teraflops": _flops(moe, config.model.hidden_size) * copies / statistics.median(both) / 1e9,
+        "teraflops": flops * copies / statistics.median(both) / 1e9,
         "optimizer_milliseconds": updates if request.optimizer else None,
         "parameters": contender.parameters,
         "activation_bytes": contender.activation_bytes,
         "peak_memory_bytes": contender.peak,
     }
-
-
-def _flops(moe: MoeConfig, width: int) -> float:
-    """Floating-point operations of one copy's products, forward and backward (twice the forward)."""
-    matrices = 2 if moe.activation == "gelu" else 3
-    return 3.0 * 2.0 * matrices * width * moe.expert_hidden_size
 
 
 # --- operations --------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from .heads import HeadsLayer
 from .heads_build import build_heads
 from .layer import MoELayer
 from .mesh import Mesh
-from .planners.budget import LayerShape, RoundRule
+from .planners.budget import RoundRule
 from .planners.static import owners
-from .planning import Planner, cost_model, make_planner
+from .planning import Planner, cost_model, layer_shape, make_planner
 from .residency.base import Residency
 from .residency.borrowed import Borrowed
 from .residency.fully_sharded import FullySharded
@@ -37,6 +37,9 @@ from .transport.flat import Flat, Local
 from .transport.groupwise import Groupwise
 from .transport.hierarchical import HierarchicalDedup, Hierarchy, StageGroups, hierarchy_groups
 from .whole import Whole, whole_layer
+
+_FORECAST_BYTES = 4
+"""Of an element, where a layer is sized before its dtype is known: rows as float32."""
 
 
 @dataclass(frozen=True)
@@ -192,20 +195,10 @@ def _transport(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width
 def _planner(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> Planner:
     ranks = runtime.groups["expert"].size
     topology = runtime.topology or flat_topology(ranks)
-    cost = cost_model(topology, _shape(moe, spec), runtime.device_teraflops, spec.checkpoint_experts)
-    return make_planner(moe, parallel, ranks, _nodes(runtime), runtime.searches, cost)
-
-
-def _shape(moe: MoeConfig, spec: LayerSpec) -> LayerShape:
-    """For forecasts: rows as float32."""
-    return LayerShape(
-        moe.num_experts,
-        spec.width,
-        moe.expert_hidden_size,
-        moe.top_k,
-        bytes_per_element=4,
-        matrices=2 if moe.activation == "gelu" else 3,
+    cost = cost_model(
+        topology, layer_shape(moe, spec.width, _FORECAST_BYTES), runtime.device_teraflops, spec.checkpoint_experts
     )
+    return make_planner(moe, parallel, ranks, _nodes(runtime), runtime.searches, cost)
 
 
 def _rounds(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: LayerSpec) -> RoundRule:
@@ -215,7 +208,8 @@ def _rounds(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: La
             f"parallel.overlap_chunks={parallel.overlap_chunks}: exchanges don't run under compute on this backend "
             f"({runtime.comm.no_overlap}); set overlap_chunks=1"
         )
-    return RoundRule(parallel.max_rows_per_rank, parallel.over_budget, parallel.overlap_chunks, _shape(moe, spec))
+    shape = layer_shape(moe, spec.width, _FORECAST_BYTES)
+    return RoundRule(parallel.max_rows_per_rank, parallel.over_budget, parallel.overlap_chunks, shape)
 
 
 def _hierarchy(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, width: int) -> Hierarchy:

@@ -79,6 +79,11 @@ class MoeConfig(Section):
     num_heads: int = Field(default=1, gt=0)
     head_dim: int | None = Field(default=None, gt=0)
 
+    @property
+    def gates(self) -> int:
+        """Column blocks of an expert's up matrix: gate and linear, or one (gelu)."""
+        return 1 if self.activation == "gelu" else 2
+
     @model_validator(mode="after")
     def _fits(self) -> MoeConfig:
         if self.top_k > self.num_experts:

@@ -44,11 +44,11 @@ def run_rank(backend: Backend, launch: Launch, options: Mapping[str, Any], run_d
         session = Session.open(config, backend, comm, run_dir)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    step = _take_up(session, Path(config.model.init_from or ""))
+    session.step = _take_up(session, Path(config.model.init_from or ""))
     sequences = _held_out(session.data, options["batches"]) if options["of"] != EVERYTHING else None
     if sequences is None:
         sequences = _everything(session.data, options["batches"])
-    report = Evaluation(session, step).report(sequences)
+    report = Evaluation(session).report(sequences)
     comm.close()
     return report
 
@@ -90,8 +90,8 @@ def _everything(data: Data, batches: int | None) -> list[list[Packed]]:
 class Evaluation:
     """Sums over batches on this rank."""
 
-    def __init__(self, session: Session, step: int) -> None:
-        self.session, self.step = session, step
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self.totals = StepTotals()
         self.seconds, self.tokens = 0.0, 0
 
@@ -124,19 +124,11 @@ class Evaluation:
 
     def _contribution(self, batch: GlobalBatch) -> float:
         """This rank's part of the summed loss of a batch, in nats."""
-        session, start, total = self.session, time.perf_counter(), 0.0
+        session, start = self.session, time.perf_counter()
         ops, index = session.backend.ops, session.runtime.groups["expert"].index
-        mine = batch.for_rank(session.comm.rank // session.runtime.mesh.tensor, session.runtime.mesh.token_ranks)
-        for micro in mine.micro_batches(session.config.train.micro_batch_size):
-            output = session.backend.trainer.evaluate(session.state, lambda m=micro: self._forward(m))
-            total += float(ops.to_numpy(output.cross_entropy)) * batch.total_targets
-            self.totals.add(ops, output, index)
+        total = session.summed_loss(batch, lambda output: self.totals.add(ops, output, index))
         self.seconds, self.tokens = self.seconds + time.perf_counter() - start, self.tokens + batch.total_tokens
         return total
-
-    def _forward(self, batch: GlobalBatch) -> Any:
-        session = self.session
-        return session.model.loss(session.modules, batch, self.step, False, session.router_states.states)[1]
 
     def _how(self) -> dict[str, Any]:
         session, moe = self.session, self.session.config.moe
@@ -144,7 +136,7 @@ class Evaluation:
         names = (*SCALARS, *sorted(k for k in self.totals.scalars if k.startswith("bytes/")))
         summary = gather_totals(self.totals, session.comm, session.runtime.groups["world"], shape, names, False)
         return {
-            "step": self.step,
+            "step": session.step,
             "model_hash": model_hash(session.config),
             "data_hash": session.data.hash,
             "backend": session.backend.name,

@@ -161,7 +161,7 @@ _MISSING = (
 
 def missing_operator(error: BaseException) -> str | None:
     """The operator that this device's software lacks, if that is what an error of any framework says."""
-    if not isinstance(error, (RuntimeError, NotImplementedError)):
+    if not isinstance(error, RuntimeError):  # torch's NotImplementedError is one
         return None
     found = next((m for m in (re.search(p, str(error)) for p in _MISSING) if m is not None), None)
     return None if found is None else next(name for name in found.groups() if name)

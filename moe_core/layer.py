@@ -5,6 +5,9 @@ plan      counts -> who computes which rows with which weights (integers, on the
 dispatch  rows to the ranks that compute them
 compute   grouped feed-forward with the weights that are there
 combine   rows back home, weighted and summed
+
+Between plan and dispatch, weights that rest elsewhere set out (`gather`). Two ways run the last three calls otherwise:
+`whole` in one operation, where nothing travels; `in_rounds` several times, for a row budget or to overlap exchanges.
 """
 
 from __future__ import annotations

@@ -157,6 +157,18 @@ def least_loaded_options(parallel: ParallelConfig, node_of: tuple[int, ...] | No
     )
 
 
+def layer_shape(moe: MoeConfig, width: int, element_bytes: int) -> LayerShape:
+    """A layer of tokens of that width (of a sub-token, with heads), as budgets, costs and rates know it."""
+    return LayerShape(
+        num_experts=moe.num_experts,
+        hidden_size=width,
+        expert_hidden_size=moe.expert_hidden_size,
+        top_k=moe.top_k,
+        bytes_per_element=element_bytes,
+        matrices=moe.gates + 1,
+    )
+
+
 def cost_model(topology: Topology, layer: LayerShape, teraflops: float | None, recompute: bool) -> CostModel | None:
     """LAER's cost from the cluster's lines and its devices' rate, exact fractions of them. None where either is
     missing: seconds of two machines do not add up."""

@@ -172,11 +172,10 @@ def _activations(config: Config, mesh: Mesh) -> int:
     head = model.attention_head_dim or model.hidden_size // model.num_attention_heads
     heads = model.num_attention_heads + 2 * (model.num_key_value_heads or model.num_attention_heads)
     attention = 3 * model.hidden_size + 2 * head * heads
-    gates = 1 if moe.activation == "gelu" else 2
     width = _routed_width(config)
-    experts = moe.top_k * (2 * width + (gates + 1) * moe.expert_hidden_size * moe.num_heads)
+    experts = moe.top_k * (2 * width + (moe.gates + 1) * moe.expert_hidden_size * moe.num_heads)
     experts += 2 * width if moe.num_heads > 1 else 0
-    dense = (gates + 1) * (model.dense_hidden_size or moe.expert_hidden_size * moe.top_k)
+    dense = (moe.gates + 1) * (model.dense_hidden_size or moe.expert_hidden_size * moe.top_k)
     if config.train.recompute == "layer":
         per_token = model.num_layers * model.hidden_size + attention + experts
     elif config.train.recompute == "experts":
@@ -226,9 +225,8 @@ def _weights_sent(config: Config, mesh: Mesh) -> float:
     """Bytes of the experts in a rank's slots, each way, for every micro-batch and layer."""
     if config.parallel.residency != "fully_sharded":
         return 0.0
-    gates = 2 if config.moe.activation == "gelu" else 3
     width = config.moe.head_dim or config.model.hidden_size
-    expert = gates * width * config.moe.expert_hidden_size * _BYTES[config.train.dtype]
+    expert = (config.moe.gates + 1) * width * config.moe.expert_hidden_size * _BYTES[config.train.dtype]
     share = max(1, config.train.global_batch_size // mesh.token_ranks)
     calls = moe_layers(config) * -(-share // (config.train.micro_batch_size or share))
     ways = 2 if config.train.recompute == "none" else 3

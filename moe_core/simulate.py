@@ -286,8 +286,7 @@ def _memory(config: Config, tally: _Tally, ranks: int) -> int:
     """What `--dry-run` says, plus the activations of the rows that the busiest rank has beyond the mean, plus weights
     that are gathered or borrowed (kept for backward unless the layer is recomputed)."""
     moe, element = config.moe, BYTES[config.train.dtype]
-    gates = 1 if moe.activation == "gelu" else 2
-    row = (2 * config.model.hidden_size + (gates + 1) * moe.expert_hidden_size) * element
+    row = (2 * config.model.hidden_size + (moe.gates + 1) * moe.expert_hidden_size) * element
     extra = max(float(rows.max()) for rows in tally.extra_rows.values())
     layers = moe_layers(config) if config.train.recompute == "none" else 1
     held = tally.held // (1 if config.train.recompute == "none" else moe_layers(config))

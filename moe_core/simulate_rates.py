@@ -11,6 +11,7 @@ import numpy as np
 from .combinations import ConfigError
 from .config import Config
 from .planners.budget import LayerShape
+from .planning import layer_shape
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,4 @@ def shape_of(config: Config, element_bytes: int) -> LayerShape:
     """The layer of a config, as budgets and rates know it."""
     moe = config.moe
     width = moe.head_dim if moe.num_heads > 1 and moe.head_dim else config.model.hidden_size
-    return LayerShape(
-        num_experts=moe.num_experts,
-        hidden_size=width,
-        expert_hidden_size=moe.expert_hidden_size,
-        top_k=moe.top_k,
-        bytes_per_element=element_bytes,
-        matrices=2 if moe.activation == "gelu" else 3,
-    )
+    return layer_shape(moe, width, element_bytes)

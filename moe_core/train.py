@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,17 +304,21 @@ class Session:
 
     def validation_loss(self) -> float:
         """Cross-entropy per token over the validation batches, forward only."""
-        ops, total, weight = self.backend.ops, 0.0, 0
-        for index in range(self._validation_batches):
-            batch = self.data.validation_batch(index)
-            for micro in batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks).micro_batches(
-                self.config.train.micro_batch_size
-            ):
-                output = self.backend.trainer.evaluate(self.state, lambda m=micro: self._loss(m, training=False)[1])
-                total += float(ops.to_numpy(output.cross_entropy)) * batch.total_targets
-            weight += batch.total_targets
+        batches = [self.data.validation_batch(index) for index in range(self._validation_batches)]
+        total = sum(self.summed_loss(batch) for batch in batches)
+        weight = sum(batch.total_targets for batch in batches)
         everyone = self.comm.gather_to_host(np.array([total]), self.runtime.groups["world"]).sum()
         return float(everyone) / max(1, weight) / self.config.parallel.tensor_parallel_size
+
+    def summed_loss(self, batch: GlobalBatch, seen: Callable[[StepOutput], None] = lambda _: None) -> float:
+        """This rank's part of the summed cross-entropy of a batch, forward only; `seen` gets every micro-batch."""
+        total = 0.0
+        mine = batch.for_rank(self._token_rank, self.runtime.mesh.token_ranks)
+        for micro in mine.micro_batches(self.config.train.micro_batch_size):
+            output = self.backend.trainer.evaluate(self.state, lambda m=micro: self._loss(m, training=False)[1])
+            total += float(self.backend.ops.to_numpy(output.cross_entropy)) * batch.total_targets
+            seen(output)
+        return total
 
     def _summary(self, tokens_per_second: float) -> dict[str, Any]:
         validation = self.validation_loss()

@@ -51,15 +51,7 @@ class MindSporeCommunicator:
         _check_splits(x.shape[0], group, send, recv)
         return x if group.size == 1 else _all_to_all_op(x, self._line, group, send, recv)
 
-    def all_to_all_start(
-        self,
-        x: Tensor,
-        group: Group,
-        send_splits: Sequence[int] | None = None,
-        recv_splits: Sequence[int] | None = None,
-    ) -> Tensor:
-        """All of it, as `no_overlap` says."""
-        return self.all_to_all(x, group, send_splits, recv_splits)
+    all_to_all_start = all_to_all  # all of it at once, as `no_overlap` says
 
     def all_to_all_finish(self, started: Tensor) -> Tensor:
         return started

@@ -60,8 +60,7 @@ def expert_shapes(
     moe: MoeConfig, width: int, std: float, std_down: float
 ) -> tuple[tuple[str, tuple[int, ...], Init], ...]:
     """(name, shape of one expert, standard deviation of its first values)."""
-    hidden = moe.expert_hidden_size
-    up = hidden if moe.activation == "gelu" else 2 * hidden
+    hidden, up = moe.expert_hidden_size, moe.gates * moe.expert_hidden_size
     weights = (("w_up", (width, up), std), ("w_down", (hidden, width), std_down))
     biases = (("b_up", (up,), "zeros"), ("b_down", (width,), "zeros"))
     return (*weights, *biases) if moe.expert_bias else weights

@@ -14,6 +14,11 @@ from twinmoe.moe_core.transport.flat import Local
 from twinmoe.testing.contract.adapters import adapter_of
 
 
+def close(a: object, b: object, tolerance: float = 1e-9) -> None:
+    """Equal relative to b, and near 0 absolutely."""
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)  # type: ignore[arg-type]
+
+
 def settings(**fields: Any) -> MoeConfig:
     """A MoeConfig without losses unless asked for."""
     return MoeConfig(**{"aux_loss_coeff": 0.0, "router_dtype": "float64", **fields})

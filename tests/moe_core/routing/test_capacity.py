@@ -14,11 +14,7 @@ from twinmoe.moe_core.routing.capacity import expert_capacity, within_capacity, 
 from twinmoe.moe_core.routing.metrics import router_metrics
 from twinmoe.moe_core.routing.state import initial, updated
 from twinmoe.moe_core.routing.theory import capacity_bound
-from twinmoe.testing.moe_core.routing.support import gate_logits, layer_output, loss_gradients, route, settings
-
-
-def close(a: object, b: object, tolerance: float = 1e-9) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)  # type: ignore[arg-type]
+from twinmoe.testing.moe_core.routing.support import close, gate_logits, layer_output, loss_gradients, route, settings
 
 
 @pytest.mark.parametrize(

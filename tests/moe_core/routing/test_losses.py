@@ -16,6 +16,7 @@ from twinmoe.moe_core.routing.losses import (
     z_loss,
 )
 from twinmoe.testing.moe_core.routing.support import (
+    close,
     finite_differences,
     gate_logits,
     gradients,
@@ -23,10 +24,6 @@ from twinmoe.testing.moe_core.routing.support import (
     loss_gradients,
     settings,
 )
-
-
-def close(a: object, b: object, tolerance: float = 1e-9) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)  # type: ignore[arg-type]
 
 
 # --- P6 --------------------------------------------------------------------------------------

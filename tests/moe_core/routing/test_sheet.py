@@ -13,6 +13,7 @@ from twinmoe.moe_core.planners.static import owners, plan_static, slot_table
 from twinmoe.moe_core.routing import Memo, make_router
 from twinmoe.moe_core.transport.flat import Local
 from twinmoe.testing.moe_core.routing.support import (
+    close,
     context,
     gate_logits,
     gradients,
@@ -22,10 +23,6 @@ from twinmoe.testing.moe_core.routing.support import (
     settings,
     tokens,
 )
-
-
-def close(a: object, b: object, tolerance: float = 1e-9) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)  # type: ignore[arg-type]
 
 
 # --- P3, P4: isotropic tokens through the router ---------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 from twinmoe.backends.registry import Backend
 from twinmoe.moe_core.routing.state import bias_step, initial, updated
 from twinmoe.testing.moe_core.routing.support import (
+    close,
     finite_differences,
     gate_logits,
     gradients,
@@ -15,11 +16,6 @@ from twinmoe.testing.moe_core.routing.support import (
     route,
     settings,
 )
-
-
-def close(a: object, b: object, tolerance: float = 1e-9) -> None:
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)  # type: ignore[arg-type]
-
 
 # --- D7: order of softmax and top-k, renormalisation, scaling ------------------------------------
 D7 = np.array([[2.0, 1, 0, -1]])
