@@ -100,6 +100,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         bigram = "" if beside is None else f"; byte bigram model fitted on the same data: {_number(beside)}"
         lines.append(f"validation loss {_number(summary['validation_loss'])} per token{bigram}")
     lines.append(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB a rank; run folder {summary['run_dir']}")
+    lines += (summary.get("resumed") or {}).get("notes", [])
     lines += [f"warning: {told}" for told in summary.get("late_warnings", [])]
     if summary.get("stopped_early"):
         lines.append("stopped early on request; continue with --resume auto")

@@ -139,7 +139,16 @@ def restore(session: Session, folders: Sequence[Path]) -> Resumed | None:
         bitwise, new = _restore_learned(session, checkpoint)
     session.backend.trainer.load_tensors(session.state, checkpoint.values(session.parameters), checkpoint.updates)
     session.step = checkpoint.step
-    return Resumed(checkpoint.folder, checkpoint.step, bitwise, (*notes, *new))
+    return Resumed(checkpoint.folder, checkpoint.step, bitwise, (*notes, *new, *_finished(session)))
+
+
+def _finished(session: Session) -> list[str]:
+    steps = session.config.train.steps
+    if session.step < steps:
+        return []
+    return [
+        f"the run was finished: it is at step {session.step} of train.steps={steps}; set train.steps to more to go on"
+    ]
 
 
 def _restore_learned(session: Session, checkpoint: Checkpoint) -> tuple[bool, list[str]]:

@@ -188,7 +188,7 @@ class Session:
                     record["warnings"] = self._new_warnings()
                     if writer is not None:
                         writer.write(self.step, record)
-                if self.stopping or (train.save_every and self.step % train.save_every == 0):
+                if self.stopping or self._wants_save():
                     self.save()
             self.saver.finish()
             if writer is not None and writer.lost:
@@ -348,6 +348,10 @@ class Session:
         }
 
     # --- checkpoints -------------------------------------------------------------------------
+    def _wants_save(self) -> bool:
+        train = self.config.train
+        return train.save_every > 0 and (self.step % train.save_every == 0 or self.step == train.steps)
+
     def save(self) -> Path | None:
         """Write a checkpoint of this step (all ranks call it); older ones are pruned. None: not written, or not yet."""
         if self.resumed is not None and self.resumed.step == self.step:

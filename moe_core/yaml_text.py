@@ -35,10 +35,17 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _load(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("brackets or lists lie in one another too deeply") from None
+
+
 def parse_file(path: Path) -> dict[str, Any]:
     """The mapping that a file holds (empty file: empty mapping). ConfigError in one sentence."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        value = _load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name} can't be read as text: {error}") from None
     except yaml.YAMLError as error:
@@ -54,7 +61,7 @@ def parse_file(path: Path) -> dict[str, Any]:
 def parse_scalar(text: str, word: str) -> Any:
     """The YAML value of the right side of `key=value`."""
     try:
-        value = yaml.load(text, _Loader)
+        value = _load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value in {word!r} is not valid YAML: {_place(error)}") from None
     _check_size(value, repr(word))

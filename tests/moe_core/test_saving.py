@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from twinmoe.moe_core import saving
 from twinmoe.moe_core.checkpoint import LATEST, Checkpoint, candidates
-from twinmoe.testing.end_to_end.resume_runs import order, virtual, whole_tensors, write_text
+from twinmoe.testing.end_to_end.resume_runs import layouts, order, virtual, whole_tensors, write_text
 
 
 @pytest.fixture
@@ -43,6 +43,31 @@ def test_the_newest_are_kept(text: Path) -> None:
     train(text, "run", save_every=1, keep_last=2)
     assert names(text.parent / "run") == ["step_00000003", "step_00000004"]
     assert (text.parent / "run" / LATEST).read_text() == "step_00000004\n"
+
+
+@pytest.mark.parametrize("layout", layouts(2, "reference"))
+def test_the_last_step_is_saved_and_a_finished_run_goes_on_as_a_sentence(text: Path, layout: str) -> None:
+    """Under every scheme, where save_every does not divide the steps."""
+    run = text.parent / "run"
+    words: dict[str, Any] = {"steps": 3, "save_every": 2, "keep_last": 1}
+    first = virtual(2, order(layout, text, run, **words))
+    assert names(run) == ["step_00000003"]
+    assert (run / LATEST).read_text() == "step_00000003\n"
+    inodes = {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")}
+    again = virtual(2, {**order(layout, text, run, **words), "resume": "auto"})
+    assert again["losses"] == first["losses"]
+    assert again["resumed"]["bitwise"]
+    assert "finished: it is at step 3 of train.steps=3" in again["resumed"]["notes"][-1]
+    assert {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")} == inodes
+    whole = virtual(2, {**order(layout, text, run, **{**words, "steps": 4}), "resume": "auto"})
+    assert whole["resumed"]["step"] == 3
+    assert len(whole["losses"]) == whole["steps"] == 4
+    assert names(run) == ["step_00000004"]
+
+
+def test_nothing_is_saved_where_that_is_not_asked(text: Path) -> None:
+    train(text, "run", save_every=0)
+    assert not (text.parent / "run" / "checkpoints").exists()
 
 
 def test_what_interrupted_saves_left_and_steps_that_were_taken_back_go(text: Path) -> None:

@@ -32,6 +32,15 @@ def test_what_is_no_plain_mapping_is_refused(tmp_path: Path, text: str, told: st
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("piece", ["[", "{a: ", "- ", "? "])
+def test_what_is_nested_without_end_is_refused(tmp_path: Path, piece: str) -> None:
+    (tmp_path / "x.yaml").write_text(piece * 20_000)
+    for read in (lambda: parse_file(tmp_path / "x.yaml"), lambda: parse_scalar(piece * 20_000, "x=...")):
+        with pytest.raises(ConfigError, match="lie in one another too deeply") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
 def test_a_word_is_read_as_carefully_as_a_file() -> None:
     for text in ("!!python/name:os.system", "&a [*a]", "{[1]: 2}"):
         with pytest.raises(ConfigError):
