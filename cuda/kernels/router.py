@@ -36,6 +36,13 @@ class Blocks:
     stages: int = 3
 
 
+@dataclass(frozen=True)
+class Specialised:
+    """Hopper's warp-specialised kernel (`launch_router`) on so many multiprocessors, instead of `Blocks`."""
+
+    programs: int
+
+
 HOPPER = Blocks(bm=64, warps=4)
 AMPERE = Blocks(bm=64, be=64, bk=32)
 
@@ -62,12 +69,12 @@ class RouterTopk(torch.autograd.Function):
     """(logits, ids) (N, H, k); the logits carry gradient to x and w."""
 
     @staticmethod
-    def forward(ctx: Any, x, w, bias, given, choice: Selection, blocks: Blocks):
+    def forward(ctx: Any, x, w, bias, given, choice: Selection, on: Blocks | Specialised):
         terms = split_weights(w, x.dtype, choice.precision)
         if given is None:
-            logits, ids = _choose(x, terms, bias, w.shape[2], choice, blocks)
+            logits, ids = _choose(x, terms, bias, w.shape[2], choice, on)
         else:
-            logits, ids = _look_up(x, terms, given.contiguous(), w.shape[2], blocks), given.clone()
+            logits, ids = _look_up(x, terms, given.contiguous(), w.shape[2], on), given.clone()
         ctx.save_for_backward(x, w, ids)
         ctx.choice = choice
         ctx.mark_non_differentiable(ids)
@@ -96,13 +103,15 @@ def router_topk(
 
     ids_NHK: these instead of the best; their logits have the bits that choosing them gave.
     """
-    major, minor = torch.cuda.get_device_capability(x_NHD.device)
-    blocks = blocks_for(w_HDE.shape[2], major * 10 + minor)
-    return RouterTopk.apply(x_NHD.contiguous(), w_HDE, bias_HE, ids_NHK, choice, blocks)  # type: ignore[return-value]
+    device = torch.cuda.get_device_properties(x_NHD.device)
+    on = schedule_for(w_HDE.shape[2], device.major * 10 + device.minor, device.multi_processor_count)
+    return RouterTopk.apply(x_NHD.contiguous(), w_HDE, bias_HE, ids_NHK, choice, on)  # type: ignore[return-value]
 
 
-def blocks_for(experts: int, capability: int) -> Blocks:
-    """Tile sizes on a compute capability (90 = Hopper)."""
+def schedule_for(experts: int, capability: int, programs: int) -> Blocks | Specialised:
+    """The kernel of a compute capability (90 = Hopper) with so many multiprocessors."""
+    if capability == 90 and experts > 64:
+        return Specialised(programs)
     blocks = HOPPER if capability >= 90 else AMPERE
     return replace(blocks, be=64) if experts <= 64 else blocks
 
@@ -112,7 +121,11 @@ def _flat(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, columns])
 
 
-def _choose(x, terms, bias, experts: int, choice: Selection, b: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose(x, terms, bias, experts: int, choice: Selection, b: Blocks | Specialised):
+    if isinstance(b, Specialised):
+        from . import launch_router
+
+        return launch_router.choose(x, terms, bias, experts, choice.k, b.programs)
     rows, heads, width = x.shape
     logits = torch.empty((rows, heads, choice.k), dtype=torch.float32, device=x.device)
     ids = torch.empty((rows, heads, choice.k), dtype=torch.int64, device=x.device)
@@ -126,7 +139,11 @@ def _choose(x, terms, bias, experts: int, choice: Selection, b: Blocks) -> tuple
     return logits, ids
 
 
-def _look_up(x, terms, ids, experts: int, b: Blocks) -> torch.Tensor:
+def _look_up(x, terms, ids, experts: int, b: Blocks | Specialised) -> torch.Tensor:
+    if isinstance(b, Specialised):
+        from . import launch_router
+
+        return launch_router.look_up(x, terms, ids, experts, b.programs)
     rows, heads, width = x.shape
     logits, k = torch.empty(ids.shape, dtype=torch.float32, device=x.device), ids.shape[2]
     given_kernel[(triton.cdiv(rows, b.bm), heads)](

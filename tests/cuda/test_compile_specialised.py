@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from twinmoe.cuda.kernels import launch_router, router, small
 from twinmoe.cuda.kernels import launch_specialised as special
-from twinmoe.cuda.kernels import router, small
 from twinmoe.cuda.kernels.config import HOPPER, Ring
 from twinmoe.cuda.kernels.grouping import _route_by_torch
 
@@ -87,6 +87,10 @@ def kernels() -> dict[str, Callable[[], Any]]:
 def test_kernel_fits_an_h100(built: list[Any], tmp_path: Path, name: str) -> None:
     kernels()[name]()
     (kernel,) = built
+    check(kernel, tmp_path)
+
+
+def check(kernel: Any, tmp_path: Path) -> None:
     (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     command = [str(TOOL), "-sass", str(tmp_path / "kernel.cubin")]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -105,22 +109,36 @@ class CompileOnly:
         return lambda *args, **constants: self._built.append(self._kernel.warmup(*args, grid=grid, **constants))
 
 
-def test_router_kernels_fit_an_h100(built: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def route_at_compile_time(experts: int, precision: router.Precision, biased: bool) -> None:
+    """Choose, then look up: two kernels."""
+    x, w, choice = random(256, 2, 128), torch.zeros(2, 128, experts), router.Selection(8, precision)
+    terms, on = router.split_weights(w, BF16, precision), router.schedule_for(experts, 90, 132)
+    router._choose(x, terms, torch.zeros(2, experts) if biased else None, experts, choice, on)
+    router._look_up(x, terms, torch.zeros((256, 2, 8), dtype=torch.int64), experts, on)
+
+
+def test_router_kernels_of_few_experts_fit_an_h100(built: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("choose_kernel", "given_kernel"):
         monkeypatch.setattr(router, name, CompileOnly(getattr(router, name), built))
-    x, w, choice, blocks = (
-        random(256, 2, 128),
-        torch.zeros(2, 128, 200),
-        router.Selection(8),
-        router.blocks_for(200, 90),
-    )
-    terms = router.split_weights(w, BF16, choice.precision)
-    router._choose(x, terms, torch.zeros(2, 200), 200, choice, blocks)
-    router._look_up(x, terms, torch.zeros((256, 2, 8), dtype=torch.int64), 200, blocks)
+    route_at_compile_time(64, "float32", biased=True)
     assert len(built) == 2
     for kernel in built:
         assert kernel.metadata.shared <= 227 * 1024
         assert kernel.asm["ptx"].count("wgmma.mma_async") > 0
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bf16_fp32acc"])
+@pytest.mark.parametrize("experts", [128, 1000])
+def test_the_specialised_router_fits_an_h100(
+    built: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int, precision: Any, biased: bool
+) -> None:
+    only = CompileOnly(launch_router.router_specialised, built)
+    monkeypatch.setattr(launch_router, "router_specialised", only)
+    route_at_compile_time(experts, precision, biased)
+    assert len(built) == 2
+    for kernel in built:
+        check(kernel, tmp_path)
 
 
 @pytest.mark.parametrize("width", sorted(small.NARROW))

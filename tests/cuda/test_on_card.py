@@ -15,7 +15,7 @@ from twinmoe.backends import registry
 from twinmoe.backends.protocol import Launch
 from twinmoe.cuda import ops as cuda_ops
 from twinmoe.cuda.kernels.experts import moe_mlp
-from twinmoe.cuda.kernels.router import Selection, router_topk
+from twinmoe.cuda.kernels.router import Precision, Selection, router_topk, split_weights
 from twinmoe.moe_core.build import LayerSpec, build_layer, make_runtime
 from twinmoe.moe_core.config import ClusterConfig, LevelConfig, MoeConfig, ParallelConfig
 from twinmoe.moe_core.mesh import Mesh
@@ -171,3 +171,42 @@ def test_router_choices_and_gradients_are_those_of_float64() -> None:
         torch.autograd.grad(logits, [x, w], grad), torch.autograd.grad(picked, [x, w], grad.double()), (4e-3, 2e-5)
     ):
         assert (a.double() - b.double()).norm() <= band * b.double().norm()
+
+
+@pytest.mark.parametrize(
+    "shape", [(300, 2, 128, 200, 8), (777, 1, 192, 65, 6), (513, 1, 2048, 1000, 16), (130, 3, 64, 128, 1)]
+)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bf16_fp32acc"])
+def test_routers_of_many_experts_choose_the_best_and_given_ids_get_the_same_bits(
+    shape: tuple[int, int, int, int, int], biased: bool, precision: Precision
+) -> None:
+    rows, heads, width, experts, k = shape
+    g = torch.Generator("cuda").manual_seed(k)
+    x = torch.randn(rows, heads, width, generator=g, device="cuda", dtype=BF16)
+    w = torch.randn(heads, width, experts, generator=g, device="cuda") * width**-0.5
+    bias = torch.randn(heads, experts, generator=g, device="cuda") if biased else None
+    choice = Selection(k, precision)
+    logits, ids = router_topk(x, w, bias, choice)
+    exact = torch.einsum("nhd,hde->nhe", x.double(), split_weights(w, BF16, precision).double().sum(0)[..., :experts])
+    scores = exact if bias is None else exact + bias
+    best = scores.sort(dim=-1, descending=True, stable=True)
+    assert (torch.gather(scores, 2, ids) - best.values[..., :k]).abs().max() <= 1e-4, "a worse one only within rounding"
+    assert (ids != best.indices[..., :k]).any(-1).float().mean() <= 3e-3
+    picked = torch.gather(exact, 2, ids)
+    assert (logits - picked).norm() <= 1e-5 * picked.norm()
+    again, _ = router_topk(x, w, None, choice, ids)
+    assert torch.equal(again, logits)
+
+
+@pytest.mark.parametrize("experts", [40, 128, 300])
+@pytest.mark.parametrize("biased", [False, True])
+def test_router_ties_go_to_the_lower_id_and_nan_counts_as_minus_infinity(experts: int, biased: bool) -> None:
+    x, w = torch.ones(300, 1, 128, device="cuda", dtype=BF16), torch.zeros(1, 128, experts, device="cuda")
+    w[0, 0, [experts - 4, 7, 35]] = 1.0
+    x[1] = float("nan")
+    w[0, 1, 0] = float("-inf")
+    bias = torch.zeros(1, experts, device="cuda") if biased else None
+    _, ids = router_topk(x, w, bias, Selection(6, "bf16_fp32acc"))
+    assert ids[0, 0].tolist() == [7, 35, experts - 4, 1, 2, 3]
+    assert ids[1, 0].tolist() == [0, 1, 2, 3, 4, 5]
