@@ -20,6 +20,14 @@ DEFAULT_BUFFER_MB = 200
 """HCCL_BUFFSIZE where nothing is set: per direction and communicator."""
 TIMEOUT_RANGE_S = (120, 7200)
 """What HCCL_CONNECT_TIMEOUT accepts."""
+OWN_TIMEOUTS_S = (120, 1836)
+"""HCCL_CONNECT_TIMEOUT and HCCL_EXEC_TIMEOUT where nothing is set."""
+_CONNECT_MORE_S, _EVENT_MORE_S = 20, 30
+"""HCCL really waits so much longer for a peer; torch-npu for an event after a collective."""
+_MARGIN_S = 60
+"""For HCCL's own error to reach the process and its log."""
+_FOR_EVER_S = 7 * 24 * 3600
+"""What HCCL_EXEC_TIMEOUT=0 comes to here."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,23 @@ def environment(settings: HcclSettings) -> dict[str, str]:
         variables["HCCL_SOCKET_IFNAME"] = settings.network_interface
         variables["GLOO_SOCKET_IFNAME"] = settings.network_interface
     return variables
+
+
+def patience_s(timeout_s: float, variables: Mapping[str, str]) -> float:
+    """Seconds after which a wait for the device is given up: later than HCCL itself, whose error names the cause.
+
+    timeout_s: what other devices would wait; variables: HCCL's, by name.
+    """
+    own = zip(("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"), OWN_TIMEOUTS_S, strict=True)
+    connect, execute = (int(v) if (v := variables.get(name, "")).isdecimal() else default for name, default in own)
+    if execute == 0:
+        return max(timeout_s, _FOR_EVER_S)
+    return max(timeout_s, connect + _CONNECT_MORE_S + _MARGIN_S, execute + _EVENT_MORE_S + _MARGIN_S)
+
+
+def is_deterministic(variables: Mapping[str, str]) -> bool:
+    """Whether kernels are to be as HCCL was told to be; deterministic where it was told nothing."""
+    return variables.get("HCCL_DETERMINISTIC", "true").lower() != "false"
 
 
 def buffer_mb(payload_bytes: int) -> int:

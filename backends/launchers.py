@@ -58,6 +58,22 @@ def resolve(environ: Environ) -> Launch:
     return launch
 
 
+def device_index(local_rank: int, visible: int) -> int:
+    """Which of the devices that a process sees is its own; they are numbered from 0 in every process.
+
+    One visible device is the process's own, whatever its local rank: Slurm, a container or a variable as
+    ASCEND_RT_VISIBLE_DEVICES hides the others. Otherwise the local rank counts. LaunchError where it is too large.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise LaunchError(
+            f"the process with local rank {local_rank} sees {visible} devices; start at most as many processes a node "
+            "as it has devices, and show each process all of them or its own alone (ASCEND_RT_VISIBLE_DEVICES)"
+        )
+    return local_rank
+
+
 def _number(environ: Environ, key: str, default: int | None = None) -> int:
     text = environ.get(key)
     if text is None and default is not None:

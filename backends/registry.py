@@ -207,6 +207,11 @@ def surrounding_launcher() -> LauncherName | None:
     return launchers.launcher_of(os.environ)
 
 
+def told_variables(prefix: str) -> dict[str, str]:
+    """Variables that begin so: what a device's library was told, for code that must agree with it."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
+
+
 def is_scheduler() -> bool:
     """Whether this process is msrun's scheduler, which joins the job and computes nothing."""
     return launchers.is_scheduler(os.environ)
@@ -295,5 +300,6 @@ __all__ = [
     "read_launch",
     "requested",
     "surrounding_launcher",
+    "told_variables",
     "worker_environment",
 ]

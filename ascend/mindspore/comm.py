@@ -6,6 +6,7 @@ A collective's adjoint is another collective, so every rank of a group meets the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,11 @@ class MindSporeCommunicator:
     def barrier(self) -> None:
         if self.size > 1:
             self._line.barrier()
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Inside, a wait for the device is watched, where the wire watches (HCCL's does)."""
+        watch = getattr(self._wire, "waiting", None) if self.size > 1 else None
+        return nullcontext() if watch is None else watch(what)
 
     def close(self) -> None:
         if self.size > 1:

@@ -6,16 +6,21 @@ run on an NPU yet; the signatures are bound in tests.
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, communication
 
+from ...backends.launchers import device_index
 from ...backends.protocol import Group, Launch
-from ...backends.registry import is_scheduler, surrounding_launcher
+from ...backends.registry import LaunchError, is_scheduler, surrounding_launcher, told_variables
 from .. import hccl
 from . import runtime
 from .comm import MindSporeCommunicator, Splits
@@ -26,12 +31,15 @@ from .ops import asarray, to_numpy
 def connect(launch: Launch) -> MindSporeCommunicator:
     """Take this rank's NPU and join the job. msrun's scheduler joins too, without a device, and computes nothing.
 
-    Joining comes before the first tensor: MindSpore demands it.
+    Joining comes before the first tensor: MindSpore demands it. What HCCL's variables say holds here too: whether
+    kernels are deterministic, and waits that outlast HCCL's own.
     """
+    variables = told_variables("HCCL_")
+    launch = replace(launch, timeout_s=hccl.patience_s(launch.timeout_s, variables))
     if is_scheduler():
         communication.init()
         return MindSporeCommunicator(0, 1, HcclWire(launch, mint.distributed))
-    runtime.use_npu(launch.local_rank)
+    runtime.use_npu(device_index(launch.local_rank, runtime.device_count()), hccl.is_deterministic(variables))
     if launch.size > 1:
         _join(launch)
     return MindSporeCommunicator(launch.rank, launch.size, HcclWire(launch, mint.distributed))
@@ -44,13 +52,26 @@ def _join(launch: Launch) -> None:
     else:
         port = launch.port + 1 if launch.agent_store else launch.port
         mint.distributed.init_process_group(
-            init_method=f"tcp://{launch.address}:{port}", world_size=launch.size, rank=launch.rank
+            init_method=f"tcp://{_dotted(launch.address)}:{port}",
+            timeout=timedelta(seconds=launch.timeout_s),
+            world_size=launch.size,
+            rank=launch.rank,
         )
     rank = int(communication.get_rank())
     if rank != launch.rank:
         raise RuntimeError(
             f"MindSpore numbers this process {rank}, the launcher {launch.rank}; give --node_rank to every msrun"
         )
+
+
+def _dotted(host: str) -> str:
+    """The host's address in dotted form, the only one that MindSpore reads. LaunchError for an unknown name."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise LaunchError(
+            f"the address of rank 0, {host!r}, is unknown on this host ({error}); give MASTER_ADDR as an IPv4 address"
+        ) from None
 
 
 class HcclWire:
@@ -71,7 +92,9 @@ class HcclWire:
             return None
         if mine not in self._groups:
             self._groups[mine] = self._create(name, list(mine))
-            self._dist.barrier(group=self._groups[mine])
+            with self.waiting(f"group {name} of ranks {list(mine)} to open"):
+                self._dist.barrier(group=self._groups[mine])
+                ms.runtime.synchronize()
         return self._groups[mine]
 
     def _create(self, name: str, ranks: list[int]) -> str:
@@ -123,6 +146,8 @@ class HcclWire:
     ) -> list[Tensor]:
         """HCCL takes one block per ordered pair and call: what goes to one peer in one dtype travels as one."""
         self._note(f"exchange in {group.name} to {[p for p, _ in sends]}, from {[p for p, _ in receives]}")
+        kinds = [x.dtype for _, x in receives]
+        sends, receives = ([(peer, _movable(x)) for peer, x in blocks] for blocks in (sends, receives))
         results: list[Any] = [None] * len(receives)
         for dtype in sorted({str(x.dtype) for _, x in (*sends, *receives)}):
             leaving = _by_peer([(peer, x) for peer, x in sends if str(x.dtype) == dtype])
@@ -131,7 +156,7 @@ class HcclWire:
             for n in places:
                 coming.setdefault(receives[n][0], []).append(n)
             for n, x in self._exchange_blocks(leaving, coming, receives, group):
-                results[n] = x
+                results[n] = x.astype(kinds[n])
         return results
 
     def _exchange_blocks(
@@ -162,10 +187,14 @@ class HcclWire:
         return found
 
     def gather_to_host(self, x: Tensor | np.ndarray, group: Group) -> np.ndarray:
-        value = asarray(x) if isinstance(x, np.ndarray) else ops.stop_gradient(x)
+        """Float64 of the host travels as its bits, which no device computes with."""
+        wide = isinstance(x, np.ndarray) and x.dtype == np.float64
+        host = x.view(np.int64) if wide else x
+        value = asarray(host) if isinstance(host, np.ndarray) else ops.stop_gradient(host)
         gathered = self.all_gather(value.reshape((1, *value.shape)), group)
-        with self._heart.waiting(f"the values of {group.name}"):
-            return to_numpy(gathered)
+        with self.waiting(f"the values of {group.name}"):
+            found = to_numpy(gathered)
+        return found.view(np.float64) if wide else found
 
     def broadcast(self, x: Tensor, root: int, group: Group) -> Tensor:
         self._note(f"broadcast in {group.name} of {tuple(x.shape)} from {group.ranks[root]}")
@@ -175,9 +204,13 @@ class HcclWire:
 
     def barrier(self) -> None:
         self._note("barrier")
-        with self._heart.waiting("all ranks at a barrier"):
+        with self.waiting("all ranks at a barrier"):
             self._dist.barrier()
             ms.runtime.synchronize()
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Inside, the process ends with a message once it has waited longer than HCCL itself would."""
+        return self._heart.waiting(what)
 
     def close(self) -> None:
         self.barrier()

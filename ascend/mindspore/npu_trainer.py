@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import mindspore as ms
+from mindspore import Tensor
 
 from ...backends.protocol import Communicator, Component, Group, TrainOptions
 from . import trainer
 from .npu_ops import check_dtype
 from .trainer import (
-    accumulate,
     clip_gradients,
     evaluate,
     forget_gradients,
     gradients,
     load_tensors,
     module,
-    reduce_gradients,
     state_rows,
     step,
     tensors,
@@ -49,6 +50,25 @@ def build(
     """Make the cells, draw the parameters, prepare the optimizer. ValueError for float64."""
     check_dtype(options.dtype)
     return trainer.build(components, options, groups, comm)
+
+
+def accumulate(state: trainer.MindSporeState, loss_fn: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """As `trainer.accumulate`, and wait for its collectives under the heartbeat: backward has no other wait."""
+    found = trainer.accumulate(state, loss_fn)
+    _settle(state.comm, "forward and backward")
+    return found
+
+
+def reduce_gradients(state: trainer.MindSporeState) -> None:
+    """As `trainer.reduce_gradients`, and wait for it under the heartbeat."""
+    trainer.reduce_gradients(state)
+    _settle(state.comm, "the sums of gradients")
+
+
+def _settle(comm: Communicator, what: str) -> None:
+    waiting = getattr(comm, "waiting", None)
+    with nullcontext() if waiting is None else waiting(what):
+        ms.runtime.synchronize()
 
 
 def peak_memory(reset: bool = False) -> int:

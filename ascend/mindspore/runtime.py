@@ -77,11 +77,11 @@ def use_host() -> None:
     ms.runtime.launch_blocking()
 
 
-def use_npu(local_rank: int = 0, deterministic: bool = True) -> None:
-    """Compute on one NPU. Deterministic kernels must be chosen before communication starts."""
+def use_npu(index: int = 0, deterministic: bool = True) -> None:
+    """Compute on one of the NPUs that this process sees. Deterministic kernels must be chosen before communication."""
     import mindspore as ms
 
-    ms.set_device("Ascend", local_rank)
+    ms.set_device("Ascend", index)
     ms.set_context(mode=ms.PYNATIVE_MODE)
     if deterministic:
         ms.set_deterministic(True)

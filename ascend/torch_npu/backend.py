@@ -8,6 +8,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...backends.registry import told_variables
 from .. import hccl
 
 DEVICE_NODES = "/dev/davinci[0-9]*"
@@ -52,10 +53,10 @@ def communicator_bytes(groups: Sequence[tuple[int, ...]], environment: Mapping[s
 
 
 def _load() -> Any:
-    """torch with the device `npu`; its kernels in the deterministic form, which must be chosen before the first."""
+    """torch with the device `npu`; its kernels deterministic, as HCCL, which must be chosen before the first."""
     torch: Any = importlib.import_module("torch")
     importlib.import_module("torch_npu")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(hccl.is_deterministic(told_variables("HCCL_")), warn_only=True)
     return torch
 
 

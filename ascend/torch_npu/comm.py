@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...backends.launchers import device_index
 from ...backends.protocol import Group, Launch
+from ...backends.registry import told_variables
 from ...backends.torch_shared.comm import TorchCommunicator
+from .. import hccl
 
 
 class NpuCommunicator(TorchCommunicator):
@@ -47,6 +52,12 @@ class NpuCommunicator(TorchCommunicator):
                 results |= {n: piece.view_as(receives[n][1]) for n, piece in zip(places, pieces, strict=True)}
         return [results[n] for n in range(len(receives))]
 
+    def gather_to_host(self, x: Tensor | np.ndarray, group: Group) -> np.ndarray:
+        """Float64 of the host travels as its bits, which no device computes with."""
+        if not isinstance(x, np.ndarray) or x.dtype != np.float64:
+            return super().gather_to_host(x, group)
+        return super().gather_to_host(x.view(np.int64), group).view(np.float64)
+
 
 def _by_peer(blocks: Sequence[tuple[int, Tensor]]) -> dict[int, list[Tensor]]:
     found: dict[int, list[Tensor]] = {}
@@ -56,7 +67,9 @@ def _by_peer(blocks: Sequence[tuple[int, Tensor]]) -> dict[int, list[Tensor]]:
 
 
 def connect(launch: Launch) -> NpuCommunicator:
-    """Take this rank's NPU and join the job."""
+    """Take this rank's NPU and join the job, with a time limit that outlasts HCCL's own."""
     npu = torch.npu  # type: ignore[attr-defined]
-    npu.set_device(launch.local_rank)
-    return NpuCommunicator(launch, "hccl", torch.device("npu", launch.local_rank))
+    index = device_index(launch.local_rank, npu.device_count())
+    npu.set_device(index)
+    patient = replace(launch, timeout_s=hccl.patience_s(launch.timeout_s, told_variables("HCCL_")))
+    return NpuCommunicator(patient, "hccl", torch.device("npu", index))

@@ -150,14 +150,18 @@ class TorchTrainer:
             if where is None or state.groups[where].size == 1:
                 total += float(squares.get(where, 0.0))
             elif any(p.norm_over == where for p in state.specs.values()) or (where == "world" and state.sharded):
-                part = squares.get(where, torch.zeros((), device=self.device)).double().reshape(1)
-                total += float(state.comm.all_reduce(part, state.groups[where]))
+                part = squares.get(where, torch.zeros((), device=self.device))
+                total += self.sum_of(part, state.comm, state.groups[where])
         norm = math.sqrt(total)
         if max_norm is not None and norm > max_norm:
             for value in state.values.values():
                 if value.grad is not None:
                     value.grad.mul_(max_norm / norm)
         return norm
+
+    def sum_of(self, part: Tensor, comm: Communicator, group: Group) -> float:
+        """A number that every rank of a group has its own of, summed in float64."""
+        return float(comm.all_reduce(part.double().reshape(1), group))
 
     def step(self, state: TorchState, learning_rate: float) -> None:
         for group in state.optimizer.param_groups:

@@ -36,6 +36,38 @@ def test_timeouts_that_hide_the_first_error_are_refused(connect: int, execute: i
         hccl.HcclSettings(connect_timeout_s=connect, execute_timeout_s=execute)
 
 
+@pytest.mark.parametrize(
+    ("timeout", "variables", "seconds"),
+    [
+        (120.0, {"HCCL_CONNECT_TIMEOUT": "1200", "HCCL_EXEC_TIMEOUT": "1800"}, 1890),
+        (120.0, {}, 1926),
+        (5000.0, {}, 5000),
+        (120.0, {"HCCL_EXEC_TIMEOUT": "60", "HCCL_CONNECT_TIMEOUT": "7200"}, 7280),
+        (120.0, {"HCCL_EXEC_TIMEOUT": "0"}, 7 * 24 * 3600),
+        (120.0, {"HCCL_EXEC_TIMEOUT": "soon"}, 1926),
+    ],
+)
+def test_we_wait_longer_than_hccl_whose_error_names_the_cause(
+    timeout: float, variables: dict[str, str], seconds: float
+) -> None:
+    assert hccl.patience_s(timeout, variables) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [(None, True), ("true", True), ("strict", True), ("false", False), ("FALSE", False)]
+)
+def test_kernels_are_as_deterministic_as_hccl(text: str | None, found: bool) -> None:
+    assert hccl.is_deterministic({} if text is None else {"HCCL_DETERMINISTIC": text}) is found
+
+
+@pytest.mark.parametrize("home", ["ascend", "ascend-torch"])
+def test_the_defaults_of_a_config_leave_the_first_word_to_hccl(home: str) -> None:
+    config = Config()
+    variables = registry.home_environment(home, config.communication.model_dump())
+    patience = hccl.patience_s(config.train.timeout_s, variables)
+    assert patience > config.communication.execute_timeout_s > config.train.timeout_s == 120
+
+
 def test_a_communicator_costs_two_buffers() -> None:
     assert hccl.buffer_mb(4 * 4096 * 7168 * 2) == 224
     assert hccl.buffer_mb(0) == 1

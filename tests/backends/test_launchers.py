@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from twinmoe.backends.launchers import LaunchError, expand_counts, first_host, is_scheduler, launcher_of, resolve
+from twinmoe.backends.launchers import (
+    LaunchError,
+    device_index,
+    expand_counts,
+    first_host,
+    is_scheduler,
+    launcher_of,
+    resolve,
+)
 from twinmoe.backends.protocol import Launch
 
 TORCHRUN = {
@@ -102,3 +110,14 @@ def test_slurm_counts_expand(runs: list[tuple[int, int]]) -> None:
 )
 def test_slurm_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("local", "visible", "index"), [(0, 8, 0), (7, 8, 7), (5, 1, 0), (0, 1, 0)])
+def test_one_visible_device_is_the_process_s_own_whatever_its_rank(local: int, visible: int, index: int) -> None:
+    assert device_index(local, visible) == index
+
+
+@pytest.mark.parametrize("visible", [0, 4])
+def test_a_process_without_a_device_is_told_so(visible: int) -> None:
+    with pytest.raises(LaunchError, match=f"local rank 4 sees {visible} devices; start at most"):
+        device_index(4, visible)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -52,3 +53,20 @@ def test_a_library_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatc
 def test_unknown_attributes_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'kernels_of_mine'"):
         backend.kernels_of_mine  # noqa: B018
+
+
+@pytest.mark.parametrize(("told", "asked"), [("true", True), ("false", False), (None, True)])
+def test_torch_is_asked_for_what_hccl_was_told(monkeypatch: pytest.MonkeyPatch, told: str | None, asked: bool) -> None:
+    found: list[bool] = []
+
+    class Torch:
+        @staticmethod
+        def use_deterministic_algorithms(mode: bool, warn_only: bool) -> None:
+            found.append(mode)
+
+    monkeypatch.delenv("HCCL_DETERMINISTIC", raising=False)
+    if told is not None:
+        monkeypatch.setenv("HCCL_DETERMINISTIC", told)
+    monkeypatch.setattr(importlib, "import_module", lambda name: Torch)
+    backend._load()
+    assert found == [asked]
