@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def carry_out(backend: Backend, launch: Launch, orders: list[dict[str, Any]]) ->
     for number, one in enumerate(orders):
         folder = Path(one["run_dir"])
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        here = replace(launch, port=launch.port + number % PORTS_OF_A_JOB) if launch.size > 1 else launch
+        here = replace(launch, port=launch.port + number) if launch.size > 1 else launch
         summaries.append(run(Config.model_validate(one["config"]), backend, here, folder, one["resume"]))
     return {"summaries": summaries}
 
@@ -106,7 +106,16 @@ def job(backend: str, ranks: int, orders: Sequence[Mapping[str, Any]]) -> list[d
     if ranks == 1:
         return carry_out(load(backend), Launch(), given)["summaries"]
     target = "twinmoe.testing.end_to_end.resume_runs:carry_out"
-    return run_processes(ranks, target, {"orders": given}, backend, 600)["summaries"]
+    summaries = []
+    for some in batched(given, PORTS_OF_A_JOB):  # torch keeps the port of a process's first run until it ends
+        summaries += run_processes(ranks, target, {"orders": some}, backend, 600)["summaries"]
+    return summaries
+
+
+def batched(orders: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Runs of at most `size` orders."""
+    for start in range(0, len(orders), size):
+        yield orders[start : start + size]
 
 
 def virtual(ranks: int, one: dict[str, Any]) -> dict[str, Any]:
