@@ -360,7 +360,7 @@ class LayerModule(Protocol):
     """A component inside somebody else's model, whose loss on each rank is a mean over its own tokens and whose
     replicated gradients are averaged over ranks (DDP, FSDP2). `model` is the module around it."""
 
-    def __call__(self, *inputs: Any) -> Any: ...
+    def __call__(self, *inputs: Any, **named: Any) -> Any: ...
 
     def expert_parameters(self) -> list[Any]:
         """Parameters that differ between ranks: keep them out of DDP and FSDP."""
@@ -370,6 +370,7 @@ class LayerModule(Protocol):
         """Make the expert gradients those of the mean over ranks: sum over replicas, divide by the ranks.
 
         In place after backward (torch); MindSpore passes and gets the tuple of `expert_parameters` gradients.
+        Frozen parameters (requires_grad False) have none: freeze the same ones on every rank.
         """
         ...
 

@@ -5,12 +5,13 @@ There the loss of a rank is a mean over its own tokens and replicated gradients 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ..backends.protocol import Array, Component, Launch, LayerModule
+from ..backends.protocol import Array, Component, Launch, LayerModule, Ops
 from ..backends.registry import Backend, load, read_launch
 from .build import LayerSpec, build_layer, make_runtime
 from .config import ClusterConfig, MoeConfig, ParallelConfig
@@ -51,6 +52,7 @@ def build_moe_layer(
     parts = build_layer(moe, parallel, runtime, LayerSpec(hidden_size, prefix, seed))
 
     def forward(params: Mapping[str, Array], x: Array, real: Array | None = None) -> MoEOutput | Array:
+        _check_input(home.ops, x, real, hidden_size)
         x_TD = x.reshape((-1, hidden_size))
         real_T = None if real is None else real.reshape((-1,))
         total = x_TD.shape[0] if real_T is None else int(home.ops.to_numpy(real_T).sum())
@@ -62,13 +64,40 @@ def build_moe_layer(
     return home.trainer.module(Component(name, parts.parameters, forward), runtime.groups, comm)
 
 
+def _check_input(ops: Ops, x: Array, real: Array | None, hidden_size: int) -> None:
+    """ValueError or TypeError for tokens of another width or no floats, and masks that are not of these tokens."""
+    shape = tuple(getattr(x, "shape", ()))
+    if not shape or shape[-1] != hidden_size:
+        raise ValueError(f"x of shape {shape} does not end with hidden_size={hidden_size}; pass (..., {hidden_size})")
+    try:
+        ops.dtype_of(x)
+    except (KeyError, AttributeError, TypeError):
+        raise TypeError(
+            f"x is a {type(x).__name__} of {_dtype(x)}; pass a floating tensor of the layer's framework"
+        ) from None
+    if real is None:
+        return
+    if not _dtype(real).lower().endswith("bool"):
+        raise TypeError(f"real is of {_dtype(real)}; pass a boolean mask, True for real tokens (for example mask != 0)")
+    rows = tuple(real.shape)
+    if rows != shape[:-1] and rows != (math.prod(shape[:-1]),):
+        raise ValueError(f"real of shape {rows} does not say which tokens of x {shape} are real; pass {shape[:-1]}")
+
+
+def _dtype(x: Array) -> str:
+    return str(getattr(x, "dtype", None) or getattr(getattr(x, "value", x), "dtype", "no dtype"))
+
+
 def expert_parameters(layer: LayerModule) -> list[Any]:
     """Parameters that differ between ranks: keep them out of DDP, pass them to FSDP2 as `ignored_params`."""
     return layer.expert_parameters()
 
 
 def sync_gradients(layer: LayerModule, gradients: Any = None) -> Any:
-    """After backward: expert gradients become those of the mean over ranks (MindSpore: passed and returned)."""
+    """After backward: expert gradients become those of the mean over ranks (MindSpore: passed and returned).
+
+    Frozen parameters get none; freeze the same ones on every rank.
+    """
     return layer.sync_gradients(gradients)
 
 

@@ -38,8 +38,8 @@ class FunctionCell(nn.Cell):
         for name, weight in self.weights.items():
             self.insert_param_to_cell(name.replace(".", "__"), weight, check_name_contain_dot=False)
 
-    def construct(self, *inputs: Any) -> Any:
-        return self._forward({name: self._value(name) for name in self.weights}, *inputs)
+    def construct(self, *inputs: Any, **named: Any) -> Any:
+        return self._forward({name: self._value(name) for name in self.weights}, *inputs, **named)
 
     def _value(self, name: str) -> Tensor:
         weight = self.weights[name]

@@ -30,7 +30,8 @@ class LayerCell(FunctionCell):
         self._groups, self._comm = groups, comm
 
     def expert_parameters(self) -> list[Weight]:
-        """Parameters that differ between ranks, in the order in which `sync_gradients` takes their gradients."""
+        """Parameters that differ between ranks, in the order in which `sync_gradients` takes their gradients (those
+        of frozen ones, requires_grad False, are left out)."""
         return [self.weights[name] for name in self._experts()]
 
     def owners(self) -> dict[int, str | None]:
@@ -44,9 +45,10 @@ class LayerCell(FunctionCell):
         """Gradients of `expert_parameters` in their order -> those of the mean over ranks. ValueError without them."""
         if gradients is None:
             raise ValueError("MindSpore keeps no gradients; pass those of expert_parameters() in their order")
+        learning = [name for name in self._experts() if self.weights[name].requires_grad]
         return tuple(
             self._comm.all_reduce(g, self._groups[self._specs[name].reduce_over]) / self._comm.size
-            for name, g in zip(self._experts(), gradients, strict=True)
+            for name, g in zip(learning, gradients, strict=True)
         )
 
     def clip_grad_norm(

@@ -20,8 +20,8 @@ class Module:
     forward: Callable[..., Any]
     leaves: Mapping[str, Var]
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.forward(self.leaves, *inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self.forward(self.leaves, *inputs, **named)
 
 
 Model = Sequence["ReferenceLayerModule | Var"]
@@ -37,8 +37,8 @@ class ReferenceLayerModule:
         self._specs = {p.name: p for p in component.parameters}
         self._groups, self._comm = groups, comm
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self._call(*inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._call(*inputs, **named)
 
     def expert_parameters(self) -> list[Var]:
         return [self.leaves[p.name] for p in self._experts()]

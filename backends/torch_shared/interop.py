@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,17 +31,32 @@ class TorchLayerModule(FunctionModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         dtype = dtype or torch.get_default_dtype()
-        super().__init__(component, dtype, _NAMES[dtype], device)
+        super().__init__(component, dtype, _named(dtype), device)
+        self._device = device.type
         self._specs = {p.name: p for p in component.parameters}
         self._groups, self._comm = groups, comm
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Computes in the dtype of the parameters, as `.to(dtype)` left them, outside autocast; floating inputs are
+        converted, and the output has the dtype of the first of them. TypeError for a dtype that no kernel has."""
         self._refuse_raw_ddp()
-        return self.run(*inputs)
+        dtype = self._follow_parameters()
+        given = next((v.dtype for v in (*inputs, *named.values()) if _floating(v)), dtype)
+        with torch.autocast(self._device, enabled=False):
+            out = self.run(*(_as(v, dtype) for v in inputs), **{name: _as(v, dtype) for name, v in named.items()})
+            return out if given == dtype else _output(out, given)
 
-    def run(self, *inputs: Any) -> Any:
+    def run(self, *inputs: Any, **named: Any) -> Any:
         """The component's function of the parameters."""
-        return super().forward(*inputs)
+        return super().forward(*inputs, **named)
+
+    def _follow_parameters(self) -> torch.dtype:
+        """The dtype of the parameters that are not kept in a precision of their own."""
+        found = [getattr(self, self._names[name]).dtype for name in self._names if name in self._cast]
+        if not found:
+            return next((dtype for dtype, name in _NAMES.items() if name == self._compute))
+        self._compute = _named(found[0])
+        return found[0]
 
     def _refuse_raw_ddp(self) -> None:
         ddp = DistributedDataParallel._get_active_ddp_module()
@@ -69,7 +85,8 @@ class TorchLayerModule(FunctionModule):
 
     def sync_gradients(self, gradients: Any = None) -> None:
         for name, value in self.named().items():
-            if not self.is_expert(name):
+            # frozen: a zero gradient would let AdamW decay it; every rank's layer is frozen alike, so all skip
+            if not self.is_expert(name) or not value.requires_grad:
                 continue
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
@@ -116,6 +133,25 @@ class TorchLayerModule(FunctionModule):
             rows = zip(pieces, array, strict=True) if pieces else [(Piece(name, array.shape), array)]
             found.update({piece.name: np.array(row) for piece, row in rows})
         return found
+
+
+def _named(dtype: torch.dtype) -> Any:
+    if dtype not in _NAMES:
+        raise TypeError(f"the layer does not compute in {dtype}; use .to(torch.bfloat16), .float() or .double()")
+    return _NAMES[dtype]
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if _floating(value) else value
+
+
+def _output(out: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or the y of a record, in the caller's dtype; losses stay as they are."""
+    return replace(out, y=_as(out.y, dtype)) if hasattr(out, "y") else _as(out, dtype)
 
 
 def _owners(model: nn.Module) -> dict[int, str | None]:

@@ -35,9 +35,10 @@ class FunctionModule(nn.Module):
             value = torch.from_numpy(p.initial()).to(device=device, dtype=master)
             self.register_parameter(self._names[p.name], nn.Parameter(value.contiguous()))
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         values = {name: getattr(self, attribute) for name, attribute in self._names.items()}
-        return self._function({n: cast(v, self._compute) if n in self._cast else v for n, v in values.items()}, *inputs)
+        values = {n: cast(v, self._compute) if n in self._cast else v for n, v in values.items()}
+        return self._function(values, *inputs, **named)
 
     def named(self) -> dict[str, nn.Parameter]:
         """Parameters by their names in the model."""

@@ -80,3 +80,20 @@ def their_loop(backend: Backend, launch: Launch, wrap: str, expert: int) -> dict
             dist.all_reduce(mean)
         losses.append(float(mean))
     return {"losses": losses, "norms": norms, "names": sorted(interop.layer_state_dict(layer))}
+
+
+def frozen_experts(backend: Backend, launch: Launch, expert: int) -> dict[str, Any]:
+    """One AdamW step with strong decay while the up matrices are frozen: which parameters had a gradient, and moved."""
+    moe = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 16}
+    mesh = interop.Mesh.over(launch.size, expert=expert)
+    layer = interop.build_moe_layer(moe, mesh=mesh, backend=backend, launch=launch, hidden_size=WIDTH)
+    named = dict(layer.named_parameters())
+    named["moe__w_up"].requires_grad_(False)
+    before = {name: value.detach().clone() for name, value in named.items()}
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=1.0)
+    layer(torch.ones(SEQUENCES, WIDTH)).y.sum().backward()
+    interop.sync_gradients(layer)
+    norm = interop.clip_grad_norm(layer, layer, 1.0)
+    optimizer.step()
+    graded = {name: value.grad is not None for name, value in named.items()}
+    return {"graded": graded, "moved": {n: bool((v != before[n]).any()) for n, v in named.items()}, "norm": norm}

@@ -33,3 +33,13 @@ def test_a_raw_ddp_wrap_is_refused_before_it_averages_experts() -> None:
 
 def test_state_dict_names_experts_by_their_id() -> None:
     assert {"moe.experts.0.w_up", "moe.experts.7.w_down", "moe.w_router"} <= set(alone()["names"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_frozen_experts_get_no_gradient_and_do_not_decay(ranks: int) -> None:
+    target = "twinmoe.testing.end_to_end.targets:frozen_experts"
+    result = run_processes(ranks, target, {"expert": ranks})
+    learning = {"moe__w_router": True, "moe__w_up": False, "moe__w_down": True}
+    assert result["graded"] == learning
+    assert result["moved"] == learning
+    assert np.isfinite(result["norm"])
