@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .config import Config
@@ -236,11 +236,11 @@ RULES: tuple[Rule, ...] = (
 """The table. An entry names the two options by their place in the config and says why and what to do."""
 
 
-def check_combinations(config: Config) -> None:
+def check_combinations(config: Config, rules: Sequence[Rule] = RULES) -> None:
     """ConfigError: the router is unknown, or the first rule that refuses this config."""
     if config.moe.router not in router_names():
         raise ConfigError(f"moe.router={config.moe.router} is unknown; choose one of {', '.join(router_names())}")
-    for rule in RULES:
+    for rule in rules:
         if rule.refuses(config):
             raise ConfigError(rule.sentence(config))
 
@@ -254,7 +254,7 @@ def mesh_of(config: Config, ranks: int) -> Mesh:
     expert = p.expert_parallel_size
     if expert == "auto":
         free = ranks // (p.head_parallel_size * p.tensor_parallel_size) or 1
-        expert = max(n for n in range(1, free + 1) if free % n == 0 and n <= config.moe.num_experts)
+        expert = next(n for n in range(min(free, config.moe.num_experts), 0, -1) if free % n == 0)
     try:
         return Mesh.over(ranks, expert=expert, head=p.head_parallel_size, tensor=p.tensor_parallel_size)
     except ValueError as error:

@@ -42,6 +42,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Raises ConfigError with one sentence: missing file, unknown key, wrong type, refused combination.
     """
+    config = compose(source, overrides)
+    check_combinations(config)
+    return config
+
+
+def compose(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, without a look at combinations."""
     merged: Raw = {}
     if isinstance(source, Mapping):
         _apply(merged, source, Path.cwd(), ())
@@ -49,7 +56,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         _apply_file(merged, str(source), "experiments", Path.cwd(), ())
     for word in overrides:
         _apply(merged, parse_override(word), Path.cwd(), ())
-    return validate(_started(merged))
+    return _typed(_started(merged))
 
 
 def _started(merged: Raw) -> Raw:
@@ -88,14 +95,18 @@ def command_line_backend(overrides: Sequence[str]) -> str | None:
 
 def validate(merged: Mapping[str, Any]) -> Config:
     """The Config of a merged mapping without references. ConfigError in one sentence."""
+    config = _typed(merged)
+    check_combinations(config)
+    return config
+
+
+def _typed(merged: Mapping[str, Any]) -> Config:
     keys.check(merged)
     try:
         config = Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(keys.explain(error)) from None
-    config = _named(config)
-    check_combinations(config)
-    return config
+    return _named(config)
 
 
 def dump(config: Config) -> str:

@@ -16,6 +16,7 @@ from ..backends.registry import Backend, load, read_launch
 from .build import LayerSpec, build_layer, make_runtime
 from .config import ClusterConfig, MoeConfig, ParallelConfig
 from .layer import MoEOutput
+from .layer_config import check_width, layer_config, layer_mesh
 from .mesh import Mesh
 from .routing.base import Memo, Tokens
 from .topology import cluster_of_launch
@@ -38,18 +39,20 @@ def build_moe_layer(
 
     x: (T, D), or (S, L, D) where each of the S sequences has its own balance loss; real: boolean, False on
     padding. y has the shape of x; losses are means over this rank's tokens, before coefficients. as_tensor: only y.
-    mesh: data x expert (x tensor) ranks; None: all ranks share the experts. A process group that exists is
-    used; launch: who this process is (None: as the launcher's variables say).
+    moe, parallel: sections of a config, with the same schemes and rules. mesh: data x expert (x tensor) ranks; None:
+    as `parallel` says (expert_parallel_size auto: the most ranks that the experts allow). A process group that exists
+    is used; launch: who this process is (None: as the launcher's variables say). No token that is not finite raises:
+    out.stats.statistics['nan_tokens'] counts them. ConfigError in one sentence for what can't be built.
     """
-    moe = moe if isinstance(moe, MoeConfig) else MoeConfig.model_validate(moe)
-    parallel = parallel if isinstance(parallel, ParallelConfig) else ParallelConfig.model_validate(parallel or {})
+    check_width(hidden_size)
+    config = layer_config(moe, parallel, mesh)
     home = backend if isinstance(backend, Backend) else load(backend)
     launch = launch or read_launch()
     comm = home.comm.connect(launch)
     cluster = cluster_of_launch(launch, ClusterConfig())
-    runtime = make_runtime(home.ops, comm, mesh or Mesh.over(comm.size, expert=comm.size), parallel, cluster)
+    runtime = make_runtime(home.ops, comm, layer_mesh(config, mesh, comm.size), config.parallel, cluster)
     prefix = f"{name}."
-    parts = build_layer(moe, parallel, runtime, LayerSpec(hidden_size, prefix, seed))
+    parts = build_layer(config.moe, config.parallel, runtime, LayerSpec(hidden_size, prefix, seed))
 
     def forward(params: Mapping[str, Array], x: Array, real: Array | None = None) -> MoEOutput | Array:
         _check_input(home.ops, x, real, hidden_size)
