@@ -20,6 +20,7 @@ from typing import Any
 from ..backends.registry import choose
 from .acceptance_steps import STEPS, Bench, Step, StepFailedError
 from .combinations import ConfigError
+from .launch import check_local
 from .run_folder import CHECKPOINTS
 from .train_request import rank_count
 
@@ -53,7 +54,7 @@ def run(request: AcceptanceRequest, tell: Callable[[str], object] = lambda _: No
     if not request.out.resolve().parent.is_dir():
         raise ConfigError(f"there is no folder {request.out.parent}; make it or name another file with --out")
     choice = choose(request.backend)
-    ranks = rank_count(request.nproc, choice.name)
+    ranks = check_local(rank_count(request.nproc, choice.name))
     with tempfile.TemporaryDirectory(prefix="twinmoe_acceptance_") as name:
         bench = Bench(choice, ranks, Path(name))
         steps = list(_run_steps(bench, time.monotonic() + request.limit_s, tell))

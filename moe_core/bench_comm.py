@@ -17,10 +17,10 @@ import numpy as np
 from ..backends.protocol import Array, Communicator, Group, Launch, Ops
 from ..backends.registry import Backend
 from .bench_job import Where, ranks_of, run_task
-from .combinations import ConfigError
 from .compose import load_config
 from .config import ClusterConfig, LevelConfig
 from .mesh import Mesh
+from .run_folder import check_output
 from .topology import Topology, cluster_of_launch, topology_of
 
 SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
@@ -183,8 +183,7 @@ def run(request: CommRequest) -> dict[str, Any]:
     """The JSON of `bench comm`. ConfigError for a wrong request; JobFailedError when ranks fail."""
     words = [f"cluster={request.cluster}"] if request.cluster else []
     cluster = load_config({}, words).cluster
-    if request.out is not None and request.out.exists():
-        raise ConfigError(f"{request.out} exists; name another file")
+    check_output(request.out, new=True)
     options = {
         "cluster": cluster.model_dump(mode="json"),
         "sizes": list(request.sizes),

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..backends.registry import choose, launcher_name, probe, worker_environment
 from .combinations import ConfigError
-from .launch import WORKER, Job, JobFailedError, free_port, run_job
+from .launch import WORKER, Job, JobFailedError, check_local, free_port, run_job
 from .run_folder import LOGS, SUMMARY
 from .testbed import Shape, Testbed, run_ranks
 from .worker import Order
@@ -63,7 +63,7 @@ def ranks_of(where: Where) -> int:
         raise ConfigError(f"--nproc {where.nproc} is not a number of processes; for example --nproc 4")
     if devices is not None and int(where.nproc) > devices:
         raise ConfigError(f"--nproc {where.nproc} is more than the {devices} devices here; use at most {devices}")
-    return int(where.nproc)
+    return check_local(int(where.nproc))
 
 
 def run_task(task: str, options: Mapping[str, Any], where: Where) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from .run_folder import model_hash
 from .synthetic import Skew
 
 SCHEMES = ("ep", "llep", "hiermoe", "laer", "fsdp_ep")
+DTYPES = ("float32", "bfloat16", "float64")
 SKEWS = ("balanced", "hot:75:8", "zipf:1")
 
 
@@ -41,6 +42,7 @@ class SchemesRequest:
 
 def run(request: SchemesRequest) -> dict[str, Any]:
     """The JSON of `bench schemes`. ConfigError for a wrong request; JobFailedError when ranks fail."""
+    _check(request)
     configs = {name: scheme_config(name, request) for name in request.schemes}
     for text in request.skews:
         for top_k in request.top_ks:
@@ -65,6 +67,15 @@ def run(request: SchemesRequest) -> dict[str, Any]:
     report = run_task("bench_schemes", options, request.where)
     named = {"link": request.where.link} if request.where.link else {}
     return {**report, **named, "rows": [_with_hash(row, configs[row["scheme"]]) for row in report["rows"]]}
+
+
+def _check(request: SchemesRequest) -> None:
+    sizes = {"--tokens": request.tokens, "--hidden": request.hidden_size, "--top-k": min(request.top_ks)}
+    for option, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{option} {size} is not a size; choose 1 or above")
+    if request.dtype not in DTYPES:
+        raise ConfigError(f"--dtype {request.dtype} is unknown; choose one of {', '.join(DTYPES)}")
 
 
 def scheme_config(text: str, request: SchemesRequest) -> Config:

@@ -45,7 +45,10 @@ def compare(
     """Train CONFIG under several schemes and seeds; mean and spread, side by side."""
     from . import compare as module
     from . import compare_table
+    from .run_folder import check_output
 
+    for path in (csv, latex):
+        check_output(path)
     names = tuple(word.strip() for word in schemes.split(",") if word.strip())
     request = module.CompareRequest(
         config, tuple(overrides or ()), names, seeds, nproc, run_dir, peak_tflops, tuple(beside or ())
@@ -84,7 +87,9 @@ def report(
 ) -> None:
     """One HTML file about RUNs, side by side; it needs no network."""
     from .report import write_report
+    from .run_folder import check_output
 
+    check_output(out)
     made = write_report(runs, out)
     _tell(made, as_json, [f"{out} shows {', '.join(map(str, runs))}; open it in a browser"])
 

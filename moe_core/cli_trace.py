@@ -20,7 +20,8 @@ _WORDS = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
 ]
 _CLUSTER = Annotated[str | None, typer.Option(metavar="FILE", help="Levels and memory: a path or a packaged name.")]
-_RANKS = Annotated[int, typer.Option(min=1, metavar="N", help="Ranks of the cluster.")]
+_MOST = 2**16
+_RANKS = Annotated[int, typer.Option(min=1, max=_MOST, metavar="N", help="Ranks of the cluster.")]
 _TRACE = Annotated[Path | None, typer.Option(metavar="FILE", help="A trace file, or a run folder that holds one.")]
 _SKEW = Annotated[str, typer.Option(metavar="SKEW", help="Of made-up choices, where there is no trace.")]
 _LAYER = Annotated[
@@ -92,25 +93,23 @@ def import_(
 def synth(
     out: _TRACE_OUT = Path("synthetic.twtrace"),
     skew: Annotated[str, typer.Option(metavar="SKEW", help="balanced, hot:P:H, zipf:S, ...: see docs.")] = "balanced",
-    experts: Annotated[int, typer.Option(min=1, metavar="E", help="Experts of a layer.")] = 64,
+    experts: Annotated[int, typer.Option(min=1, max=_MOST, metavar="E", help="Experts of a layer.")] = 64,
     top_k: Annotated[int, typer.Option(min=1, metavar="K", help="Experts per token.")] = 2,
-    ranks: Annotated[int, typer.Option(min=1, metavar="R", help="Ranks.")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, max=_MOST, metavar="R", help="Ranks.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, metavar="T", help="Tokens per rank.")] = 4096,
     layers: Annotated[int, typer.Option(min=1, metavar="L", help="Layers.")] = 1,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps.")] = 1,
     drift: Annotated[int, typer.Option(metavar="N", help="Ids by which hot experts move on every step.")] = 0,
     shift_at: Annotated[int | None, typer.Option(metavar="STEP", help="From here other experts are hot.")] = None,
     repeat_ids: Annotated[bool, typer.Option("--repeat-ids", help="A token may choose an expert twice.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choices.")] = 0,
     as_json: _JSON = False,
 ) -> None:
     """Make up choices of a stated skew: steady, drifting, or with a shift of domain."""
     from .synthetic import Skew
     from .trace_make import Synthetic, write
 
-    wanted = Skew.parse(skew, repeat_ids)
-    wanted.check(experts, top_k)
-    made = Synthetic(wanted, experts, top_k, ranks, tokens, layers, steps, drift, shift_at, seed)
+    made = Synthetic(Skew.parse(skew, repeat_ids), experts, top_k, ranks, tokens, layers, steps, drift, shift_at, seed)
     count = write(out, made.info, made.records())
     _tell(
         {"trace": str(out), "records": count, **vars(made.info)}, as_json, f"{count} records of {ranks} ranks in {out}"
@@ -169,9 +168,11 @@ def plan(
 ) -> None:
     """Which way of running CONFIG a cluster should take, and why; `--out` writes it as a scheme file."""
     from .choose_scheme import write_scheme
+    from .run_folder import check_output
     from .simulate_request import Question, plan_ways
 
     question = Question(config, tuple(overrides or ()), ranks, cluster, trace, skew, tuple(layer or ()))
+    check_output(out, new=True)
     advice, rates = plan_ways(question)
     if out is not None:
         write_scheme(advice.winner.config, out, advice.sentences())

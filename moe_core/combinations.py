@@ -48,6 +48,10 @@ def _zero_router_gradient(config: Config) -> bool:
     return moe.router == "topk" and moe.top_k == 1 and normalised and moe.num_experts > 1
 
 
+def _on_nodes(config: Config, nodes: tuple[int, ...]) -> bool:
+    return len(nodes) == config.moe.num_experts and all(0 <= node < config.moe.locality_nodes for node in nodes)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "parallel.planner",
@@ -215,6 +219,18 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.model.num_dense_layers > c.model.num_layers,
     ),
     Rule(
+        "model.sliding_layers",
+        "model.num_layers",
+        "layers are counted from 0; name layers that the model has",
+        lambda c: any(not 0 <= layer < c.model.num_layers for layer in c.model.sliding_layers or ()),
+    ),
+    Rule(
+        "moe.locality_expert_nodes",
+        "moe.locality_nodes",
+        "every expert has a node, counted from 0; give moe.num_experts numbers below locality_nodes, or null",
+        lambda c: c.moe.locality_expert_nodes is not None and not _on_nodes(c, c.moe.locality_expert_nodes),
+    ),
+    Rule(
         "train.min_learning_rate",
         "train.learning_rate",
         "the schedule falls from learning_rate to min_learning_rate; choose min_learning_rate <= learning_rate",
@@ -231,6 +247,12 @@ RULES: tuple[Rule, ...] = (
         "data.dataset",
         "this source reads a data set; name it in data.dataset, or local files in data.paths",
         lambda c: c.data.source == "hf" and c.data.dataset is None and not c.data.paths,
+    ),
+    Rule(
+        "data.dataset",
+        "data.paths",
+        "a data set and files are two sources; take one out with data.paths=[] or data.dataset=null",
+        lambda c: c.data.source == "hf" and c.data.dataset is not None and bool(c.data.paths),
     ),
 )
 """The table. An entry names the two options by their place in the config and says why and what to do."""

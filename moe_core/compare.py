@@ -6,6 +6,7 @@ folder already are taken as they are, so a comparison that was interrupted goes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def run(request: CompareRequest, console: Console) -> dict[str, Any]:
     """The JSON of `compare`: rows with mean and spread over seeds. ConfigError before anything starts."""
     if surrounding_launcher():
         raise ConfigError("compare starts its own jobs; run it without a launcher, or `train` under one per run")
+    if request.peak_tflops is not None and not (math.isfinite(request.peak_tflops) and request.peak_tflops > 0):
+        raise ConfigError(f"--peak-tflops {request.peak_tflops:g} is not the speed of a device; give one above 0")
     rows = entries(request.schemes)
     beside = [read_run(path) for path in request.beside]
     work = [(row, job) for job, row in _jobs(request, rows)]

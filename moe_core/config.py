@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 RouterName = str
 
@@ -354,3 +354,10 @@ class Config(Section):
     communication: CommunicationConfig = CommunicationConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable() or len(name) > 100:
+            raise ValueError(f"name={name!r} can't be part of a folder's name; use letters, digits, - and _")
+        return name

@@ -73,6 +73,14 @@ class Job:
         return [sys.executable, "-m", *words, *self.order.words()]
 
 
+def check_local(ranks: int) -> int:
+    """The ranks. ConfigError for more processes than a host of so many cores carries."""
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if ranks > most:
+        raise ConfigError(f"{ranks} local processes are too many for this host; use at most {most}, or other nodes")
+    return ranks
+
+
 def free_port(wanted: int | None = None) -> int:
     """A free local port, or the wanted one. ConfigError if that is in use or impossible."""
     if wanted is not None and not 0 < wanted < 65536:

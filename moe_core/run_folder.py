@@ -41,6 +41,20 @@ _LIBRARIES = (
 )
 
 
+def check_output(path: Path | None, new: bool = False) -> None:
+    """Before the work whose result goes there. ConfigError where no file can be made; new: where one is already."""
+    if path is None:
+        return
+    if new and path.exists():
+        raise ConfigError(f"{path} exists; name another file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent}; make it or name another file")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} can't be written; name another file")
+
+
 def default_run_dir(config: Config) -> Path:
     """runs/<name>-<date>-<time>, with a number if a run of that second is there already."""
     stem = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -11,6 +11,7 @@ counts:FILE     as often as a JSON list of E numbers says
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,12 +48,19 @@ class Skew:
             numbers = tuple(float(part) for part in rest)
         except ValueError:
             numbers = ()
-        if wanted is None or len(numbers) != wanted or len(rest) != wanted:
+        finite = all(map(math.isfinite, numbers))
+        if wanted is None or len(numbers) != wanted or len(rest) != wanted or not finite:
             raise ConfigError(f"the skew {text!r} is unknown; choose {GRAMMAR}")
         return cls(kind, numbers, (), repeat_ids, label)
 
     def check(self, num_experts: int, top_k: int) -> None:
         """ConfigError where tokens of K distinct experts can't have this skew."""
+        if not self.repeat_ids and top_k > num_experts:
+            raise ConfigError(
+                f"a token can't choose {top_k} distinct experts of {num_experts}; lower top_k or add --repeat-ids"
+            )
+        if self.kind in ("groups", "together") and any(n != int(n) for n in self.numbers):
+            raise ConfigError(f"{self.text}: {self.kind} takes whole numbers")
         if self.repeat_ids and self.kind in ("groups", "together"):
             raise ConfigError(f"{self.kind} is about distinct experts; leave --repeat-ids out")
         if self.kind == "together":
@@ -85,7 +93,7 @@ def _read_counts(path: Path) -> tuple[float, ...]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as a JSON list of counts ({error})") from None
     flat = values.sum(0) if values.ndim == 2 else values
-    if flat.ndim != 1 or (flat < 0).any() or flat.sum() <= 0:
+    if flat.ndim != 1 or not np.isfinite(flat).all() or (flat < 0).any() or flat.sum() <= 0:
         raise ConfigError(f"{path} must hold one list of numbers, none negative, not all zero")
     return tuple(flat.tolist())
 

@@ -14,6 +14,9 @@ from .combinations import ConfigError
 from .synthetic import Skew, choose
 from .trace import SAMPLED, Record, Trace, TraceInfo, TraceWriter
 
+MOST_SCORES = 2**28
+"""Tokens x experts of a rank that are drawn at once: 2 GiB an array."""
+
 
 @dataclass(frozen=True)
 class Synthetic:
@@ -30,6 +33,17 @@ class Synthetic:
     drift: int = 0
     shift_at: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """ConfigError for choices that can't be made, or not at once in a host's memory."""
+        self.skew.check(self.num_experts, self.top_k)
+        if self.tokens * self.num_experts > MOST_SCORES:
+            raise ConfigError(
+                f"{self.tokens} tokens of {self.num_experts} experts are drawn at once and do not fit; "
+                f"choose at most {MOST_SCORES // self.num_experts} tokens, and more steps"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"the seed {self.seed} is below 0; choose 0 or above")
 
     @property
     def info(self) -> TraceInfo:
@@ -75,14 +89,18 @@ def record_trace(synthetic: Synthetic) -> Trace:
 
 
 def write(path: Path, info: TraceInfo, records: Iterable[Record]) -> int:
-    """A new trace file; returns the number of records. ConfigError where the file exists."""
+    """A new trace file; returns the number of records. ConfigError where the file exists. A failure leaves none."""
     if path.exists():
         raise ConfigError(f"{path} exists; name another file")
     count = 0
-    with TraceWriter(path, info) as writer:
-        for record in records:
-            writer.write([record])
-            count += 1
+    try:
+        with TraceWriter(path, info) as writer:
+            for record in records:
+                writer.write([record])
+                count += 1
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return count
 
 

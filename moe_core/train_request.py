@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from ..backends.registry import Choice, choose, launcher_name, load, probe, read
 from .combinations import ConfigError, check_ranks, check_trainable
 from .compose import command_line_backend, load_config
 from .config import Config
-from .launch import Job, free_port, run_job
+from .launch import Job, JobFailedError, check_local, free_port, run_job
 from .progress import RunView
 from .run_folder import CONFIG, SUMMARY, default_run_dir, open_run_folder
 from .scheme_auto import advice_line, settled
@@ -74,6 +76,8 @@ def resolve(request: TrainRequest) -> Resolved:
     """Check everything that can be checked before a process is started, and settle the run folder."""
     config, choice, ranks = read_request(request)
     check_trainable(config)
+    if not surrounding_launcher():
+        check_local(ranks)
     check_trackers(config.train.trackers)
     run_dir = _run_dir(request, config)
     done = settled(config, ranks, run_dir if request.resume is not None else None)
@@ -103,17 +107,32 @@ def start(resolved: Resolved, console: Console) -> dict[str, Any]:
     if surrounding_launcher():
         return _join(resolved, console)
     port = free_port(resolved.port)
+    made = [folder for folder in (resolved.run_dir, *resolved.run_dir.parents) if not folder.exists()]
     open_run_folder(resolved.run_dir, resolved.config, resolved.resume is not None)
     told = resolved.config.communication.model_dump()
     job = Job(resolved.order, resolved.ranks, launcher_name(resolved.choice.name), port, told)
     for line in (resolved.start_line(), *resolved.notes):
         console.print(line, highlight=False, soft_wrap=True)
-    with RunView(resolved.run_dir, resolved.config.train.steps, console) as view:
-        summary = run_job(job, view)
+    try:
+        with RunView(resolved.run_dir, resolved.config.train.steps, console) as view:
+            summary = run_job(job, view)
+    except JobFailedError as error:
+        if error.request:
+            _take_back(made)
+        raise
     advice = advice_line(resolved.config, resolved.ranks, resolved.run_dir) if resolved.notes else None
     if advice is not None:
         console.print(advice, highlight=False, soft_wrap=True)
     return summary
+
+
+def _take_back(made: Sequence[Path]) -> None:
+    """Remove a run folder that a wrong request made, and the folders above it that hold nothing else."""
+    for number, folder in enumerate(made):
+        if number == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _join(resolved: Resolved, console: Console) -> dict[str, Any]:

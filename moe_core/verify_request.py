@@ -12,7 +12,7 @@ from typing import Any, get_args
 from ..backends.registry import choose, launcher_name, probe
 from .bits import differing
 from .combinations import ConfigError
-from .launch import Job, free_port, run_job
+from .launch import Job, check_local, free_port, run_job
 from .run_folder import LOGS
 from .verify import TOLERANCE, VerifyLevel, merge
 from .worker import Order
@@ -87,7 +87,7 @@ def _jobs(request: VerifyRequest) -> Iterator[tuple[str, str, int]]:
 def _world(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ConfigError(f"--worlds {text!r} is not a number of processes; for example --worlds 2,4")
-    return int(text)
+    return check_local(int(text))
 
 
 def _run(backend: str, decided_by: str, ranks: int, options: Mapping[str, Any]) -> dict[str, Any]:

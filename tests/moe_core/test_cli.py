@@ -68,6 +68,13 @@ def refused(outcome: tuple[int, str, str]) -> str:
         (["quickstart", "--port", "99999"], "port 99999 does not exist"),
         (["quickstart", "--speed", "9"], "--speed"),
         (["deepseek-v3"], "is the shape of a layer"),
+        (["quickstart", "name=../../x"], "can't be part of a folder's name"),
+        (["quickstart", "name="], "name"),
+        (["quickstart", "model.sliding_layers=[99]"], "name layers that the model has"),
+        (["quickstart", "model.sliding_layers=[-1]"], "name layers that the model has"),
+        (["quickstart", "moe.locality_expert_nodes=[7,7]"], "numbers below locality_nodes, or null"),
+        (["quickstart", "data.source=hf", "data.dataset=a", "data.paths=[b]"], "take one out"),
+        (["quickstart", "train.global_batch_size=1000000007", "--nproc", "1000000007"], "local processes"),
         ([], "CONFIG"),
     ],
 )
@@ -89,6 +96,34 @@ def test_an_existing_run_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / METRICS).write_text("{}\n")
     assert "continue it with --resume auto" in refused(run("train", "quickstart", "--run-dir", "old"))
+
+
+@pytest.mark.parametrize("folder", [None, "mine", "a/b/c"])
+def test_a_wrong_request_that_a_worker_finds_leaves_no_folder(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str | None
+) -> None:
+    def fail(*_: object) -> None:
+        raise JobFailedError("there is no such file", request=True)
+
+    monkeypatch.setattr(train_request, "run_job", fail)
+    words = ["train", "quickstart", *(["--run-dir", folder] if folder else [])]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "kept").touch()
+    status, _, err = run(*words)
+    assert (status, err) == (2, "twinmoe: there is no such file\n")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "kept"]
+
+
+def test_a_folder_that_was_there_stays_after_a_wrong_request(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise JobFailedError("no", request=True)
+
+    monkeypatch.setattr(train_request, "run_job", fail)
+    (tmp_path / "mine").mkdir()
+    assert run("train", "quickstart", "--run-dir", "mine")[0] == 2
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_an_unknown_backend_in_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +153,21 @@ def test_under_a_launcher_the_ranks_must_agree_on_the_folder(run: Run, monkeypat
         (["verify", "--backend", "tpu"], "unknown backend 'tpu'"),
         (["launch", "quickstart", "--print", "mpirun"], "choose one of torchrun, msrun, slurm"),
         (["launch", "quickstart", "--nodes", "0"], "--nodes"),
+        (["launch", "quickstart", "--nodes", "1000000000", "--nproc", "1000000000"], "use at most 16 ranks"),
+        (["verify", "--worlds", "1000000"], "local processes"),
+        (["bench", "comm", "--nproc", "1000000"], "local processes"),
+        (["bench", "comm", "--out", "absent/a.yaml"], "there is no folder absent"),
+        (["bench", "schemes", "--tokens", "0"], "--tokens 0 is not a size"),
+        (["bench", "schemes", "--tokens", "-1"], "--tokens -1 is not a size"),
+        (["bench", "schemes", "--dtype", "float16"], "choose one of float32, bfloat16, float64"),
+        (["bench", "schemes", "--skew", "zipf:inf"], "is unknown"),
+        (["bench", "schemes", "--top-k", "0"], "is not a size"),
+        (["compare", "quickstart", "--csv", "absent/a.csv"], "there is no folder absent"),
+        (["compare", "quickstart", "--latex", "absent/a.tex"], "there is no folder absent"),
+        (["compare", "quickstart", "--peak-tflops", "0"], "--peak-tflops 0"),
+        (["compare", "quickstart", "--peak-tflops", "nan"], "--peak-tflops nan"),
+        (["plan", "quickstart", "--out", "absent/a.yaml"], "there is no folder absent"),
+        (["report", "nowhere", "--out", "absent/a.html"], "there is no folder absent"),
         (["launch", "quickstart", "--nodes", "4", "--nproc", "8"], "use at most 16 ranks"),
         (["data", "export", "quickstart", "data.source=text"], "name them in data.paths"),
     ],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from twinmoe.moe_core import cli
+from twinmoe.moe_core import ConfigError, cli
+from twinmoe.moe_core.synthetic import Skew
+from twinmoe.moe_core.trace import Record
+from twinmoe.moe_core.trace_make import Synthetic, write
 
 SMALL = ("moe.num_experts=8", "moe.top_k=2", "model.num_layers=2", "train.sequence_length=64")
 FAST = ("--cluster", "testbed_2x2_100mbit", "cluster.device_teraflops=0.02")
@@ -81,6 +85,14 @@ def test_rates_come_from_reports_of_bench_layer(capsys: pytest.CaptureFixture[st
         (("simulate", "latent_hp", *FAST, "--ranks", "4"), "heads"),
         (("trace", "show", "nowhere"), "no trace"),
         (("trace", "synth", "--skew", "hot:95:1", "--top-k", "4"), "distinct experts"),
+        (("trace", "synth", "--top-k", "9", "--experts", "4"), "can't choose 9 distinct experts of 4"),
+        (("trace", "synth", "--skew", "zipf:nan"), "the skew 'zipf:nan' is unknown"),
+        (("trace", "synth", "--skew", "zipf:inf"), "the skew 'zipf:inf' is unknown"),
+        (("trace", "synth", "--skew", "groups:4.5:2"), "groups takes whole numbers"),
+        (("trace", "synth", "--seed", "-1"), "--seed"),
+        (("trace", "synth", "--tokens", "1000000000"), "choose at most"),
+        (("trace", "synth", "--ranks", "1000000000"), "--ranks"),
+        (("simulate", "quickstart", *FAST, "--ranks", "1000000000000"), "--ranks"),
     ],
 )
 def test_wrong_requests_are_one_sentence(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str):
@@ -88,6 +100,19 @@ def test_wrong_requests_are_one_sentence(capsys: pytest.CaptureFixture[str], wor
     assert status == 2
     assert told in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault", [ConfigError("no"), MemoryError(), KeyboardInterrupt()])
+def test_a_trace_that_could_not_be_made_leaves_no_file(tmp_path: Path, fault: BaseException):
+    made = Synthetic(Skew.parse("balanced"), 4, 2, 2, 8)
+
+    def records() -> Iterator[Record]:
+        yield made.record(0, 0)
+        raise fault
+
+    with pytest.raises(type(fault)):
+        write(tmp_path / "a.twtrace", made.info, records())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.processes

@@ -67,7 +67,7 @@ def test_a_scheme_brings_its_axes() -> None:
 
 
 def test_sections_that_were_read_already_stay_as_they_are() -> None:
-    moe = MoeConfig(num_experts=6, capacity_factor="4/3", locality_expert_nodes=(0, 1, 0, 1, 0, 1))
+    moe = MoeConfig(num_experts=6, capacity_factor="4/3", locality_nodes=2, locality_expert_nodes=(0, 1, 0, 1, 0, 1))
     parallel = ParallelConfig(planner="least_loaded", residency="borrowed", scheme="custom")
     found = layer_config(moe, parallel, None)
     assert (found.moe, found.parallel) == (moe, parallel)
