@@ -73,8 +73,10 @@ def import_(
     as_json: _JSON = False,
 ) -> None:
     """Take over Megatron-Core's routing trace (JSON lines) or an array of ids (steps, layers, ranks, tokens, K)."""
+    from .run_folder import check_output
     from .trace_make import import_array, import_megatron, write
 
+    check_output(out)
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ConfigError(f"there is no file {missing[0]}; name files that exist")
@@ -106,9 +108,11 @@ def synth(
     as_json: _JSON = False,
 ) -> None:
     """Make up choices of a stated skew: steady, drifting, or with a shift of domain."""
+    from .run_folder import check_output
     from .synthetic import Skew
     from .trace_make import Synthetic, write
 
+    check_output(out, new=True)
     made = Synthetic(Skew.parse(skew, repeat_ids), experts, top_k, ranks, tokens, layers, steps, drift, shift_at, seed)
     count = write(out, made.info, made.records())
     _tell(

@@ -90,6 +90,8 @@ def test_rates_come_from_reports_of_bench_layer(capsys: pytest.CaptureFixture[st
         (("trace", "synth", "--skew", "zipf:inf"), "the skew 'zipf:inf' is unknown"),
         (("trace", "synth", "--skew", "groups:4.5:2"), "groups takes whole numbers"),
         (("trace", "synth", "--seed", "-1"), "--seed"),
+        (("trace", "synth", "--out", "absent/a.twtrace"), "there is no folder absent"),
+        (("trace", "import", "pyproject.toml", "--out", "absent/a.twtrace"), "there is no folder absent"),
         (("trace", "synth", "--tokens", "1000000000"), "choose at most"),
         (("trace", "synth", "--ranks", "1000000000"), "--ranks"),
         (("simulate", "quickstart", *FAST, "--ranks", "1000000000000"), "--ranks"),
