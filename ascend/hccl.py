@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -102,6 +103,41 @@ def memory_of_groups(groups: int, environment: Mapping[str, str]) -> int:
     size = environment.get("HCCL_BUFFSIZE", "")
     mb = int(size) if size.isdecimal() else DEFAULT_BUFFER_MB
     return communicator_bytes({str(group): mb for group in range(groups)})
+
+
+_HELP: Mapping[str, str] = {
+    "EI0001": "a variable of HCCL has a value that it does not take; mend the one that is named",
+    "EI0002": "a rank waited in a collective until HCCL_EXEC_TIMEOUT: another one died, is late, or issued other "
+    "collectives or sizes; look for the rank whose log has another error or none",
+    "EI0003": "a collective got a bad argument; compare row counts and dtypes of the ranks",
+    "EI0005": "ranks disagree on a collective; compare row counts, dtypes and HCCL_BUFFSIZE of the ranks",
+    "EI0006": "a peer did not come to its first collective within HCCL_CONNECT_TIMEOUT, or the network between devices "
+    "is broken; look for the rank that failed first, raise communication.connect_timeout_s, check hccn_tool and TLS",
+    "EI0007": "no device memory for a communicator's buffers; lower communication.buffer_mb",
+    "EI0008": "nodes have different versions of CANN; use the same image everywhere",
+    "EI0010": "the link between two devices of a server failed; check the health of the cards",
+    "EI0011": "no memory for a communicator; use fewer groups or lower communication.buffer_mb",
+    "EI0012": "the memory of a peer is gone; read that rank's log first",
+    "EI0013": "a network link failed or a peer is gone; read that rank's log first, then check the network",
+    "EI0014": "the rank table or the TLS settings do not fit the devices; start without a rank table",
+    "EI0015": "ranks were missing when a communicator was made, its message names them; name the network card "
+    "(communication.network_interface) and start all ranks together",
+    "EI0019": "a host port from 60000 on is taken; end old jobs or set HCCL_IF_BASE_PORT",
+    "EI0020": "device port 16666 is taken; end old jobs on these NPUs",
+    "507015": "a core of the NPU stopped, mostly for an index or a row count out of range, seldom for hardware; rerun "
+    "with train.synchronous=true, the process must start anew",
+    "507035": "a vector core of the NPU stopped, mostly for an index or a row count out of range, seldom for hardware; "
+    "rerun with train.synchronous=true, the process must start anew",
+    "507046": "a stream did not end in time, mostly for a collective that hangs; read it as EI0002",
+    "107020": "a stream did not end in time, mostly for a collective that hangs; read it as EI0002",
+}
+_CODE = re.compile(rf"\b({'|'.join(_HELP)})\b")
+
+
+def explained(text: str) -> str | None:
+    """What the first error code of HCCL or of the NPU in a message means and what to do; None without one we know."""
+    found = _CODE.search(text)
+    return None if found is None else f"{found[1]}: {_HELP[found[1]]}"
 
 
 def _leave(message: str) -> None:

@@ -57,8 +57,8 @@ class HomeModule(Protocol):
     """What a home module offers.
 
     It may also have device_count() -> int (without it ranks share the host), worker_environment(settings) ->
-    variables (settings: what `communication` says; missing ones have the home's defaults), and
-    communicator_bytes(groups, environment) -> int.
+    variables (settings: what `communication` says; missing ones have the home's defaults),
+    communicator_bytes(groups, environment) -> int, and explained(message) -> str | None.
     """
 
     ops: Ops
@@ -241,6 +241,15 @@ def communicator_bytes(backend: str, groups: Sequence[tuple[int, ...]], settings
     return int(count(groups, {**home_environment(backend, settings), **os.environ})) if count else 0
 
 
+def explained(backend: str, message: str) -> str | None:
+    """What a device's error code in a message means and what to do, where the backend knows it."""
+    try:
+        explain = getattr(_import(HOMES[backend]), "explained", None)
+    except Exception:  # a home that can't be imported is told of elsewhere, and must not hide that message
+        return None
+    return explain(message) if explain else None
+
+
 def model_blocks(backend: str) -> Any:
     """The module that swaps blocks inside torch models. BackendError where the backend's framework is another."""
     if not HOMES[backend].torch:
@@ -289,6 +298,7 @@ __all__ = [
     "Probe",
     "choose",
     "communicator_bytes",
+    "explained",
     "fitting_extra",
     "home_environment",
     "is_scheduler",

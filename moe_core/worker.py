@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.protocol import Launch
-from ..backends.registry import Backend, BackendError, LaunchError, is_scheduler, load, read_launch
+from ..backends.registry import Backend, BackendError, LaunchError, explained, is_scheduler, load, read_launch
 from .alive import alive
 from .checkpoint import CheckpointError
 from .combinations import ConfigError
@@ -119,14 +119,16 @@ TASKS: Mapping[str, Callable[[Order, Backend, Launch], dict[str, Any]]] = {
 """What local workers can do: each returns its report, the same on every rank."""
 
 
-def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
-    """Leave logs/rank_N.error.json: whole or not at all."""
+def note_failure(run_dir: Path, rank: int, error: BaseException, backend: str = "cpu") -> None:
+    """Leave logs/rank_N.error.json, whole or not at all: the error and what its code means on that backend."""
+    meaning = explained(backend, str(error))
+    code = [] if meaning is None else [meaning]
     told = {
         "rank": rank,
         "time": time.time(),
         "request": isinstance(error, REQUEST_ERRORS),
-        "sentence": str(error).strip() or type(error).__name__,
-        "traceback": "".join(traceback.format_exception(error)),
+        "sentence": "\n".join([str(error).strip() or type(error).__name__, *code]),
+        "traceback": "\n".join(["".join(traceback.format_exception(error)), *code]),
     }
     path = run_dir / LOGS / f"rank_{rank}.error.json"
     temporary = path.with_suffix(".tmp")
@@ -151,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> None:
             if launch.rank == 0:
                 (order.run_dir / SUMMARY).write_text(json.dumps(report), encoding="utf-8")
         except BaseException as error:
-            note_failure(order.run_dir, launch.rank, error)
+            note_failure(order.run_dir, launch.rank, error, order.backend)
             traceback.print_exc()
             status = 1
     sys.stdout.flush()

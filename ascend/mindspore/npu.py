@@ -28,6 +28,11 @@ def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
     return hccl.environment(hccl.HcclSettings(**settings))
 
 
+def explained(message: str) -> str | None:
+    """What an error code of HCCL or of the NPU in a message means; None without one."""
+    return hccl.explained(message)
+
+
 def communicator_bytes(groups: Sequence[tuple[int, ...]], environment: Mapping[str, str]) -> int:
     """Device memory of HCCL's communicators: one for the job, and one that all groups of the same ranks share."""
     return hccl.memory_of_groups(1 + len(set(groups)) if groups else 0, environment)

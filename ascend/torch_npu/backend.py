@@ -47,6 +47,11 @@ def worker_environment(settings: Mapping[str, Any]) -> dict[str, str]:
     return hccl.environment(hccl.HcclSettings(**settings)) | own
 
 
+def explained(message: str) -> str | None:
+    """What an error code of HCCL or of the NPU in a message means; None without one."""
+    return hccl.explained(message)
+
+
 def communicator_bytes(groups: Sequence[tuple[int, ...]], environment: Mapping[str, str]) -> int:
     """Most device memory that HCCL's communicators take: one a group, made when it is first used."""
     return hccl.memory_of_groups(len(groups), environment)

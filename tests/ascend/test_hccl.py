@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from twinmoe.ascend import hccl
@@ -13,6 +15,8 @@ from twinmoe.ascend.mindspore import npu
 from twinmoe.ascend.torch_npu import backend
 from twinmoe.backends import registry
 from twinmoe.moe_core.config import Config
+from twinmoe.moe_core.run_folder import LOGS
+from twinmoe.moe_core.worker import note_failure
 
 
 def test_environment_has_the_documented_variables() -> None:
@@ -149,3 +153,32 @@ def test_elsewhere_only_the_interface_counts(home: str) -> None:
 def test_workers_of_torch_npu_load_it_only_when_asked_and_compute_nothing_on_the_host() -> None:
     extra = backend.worker_environment({}).items() - npu.worker_environment({}).items()
     assert dict(extra) == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TORCH_NPU_FALLBACK_CPU_DISABLE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("[ERROR] EI0002: 2026-01-01 Notify wait timeout of rank 3", "EI0002: a rank waited in a collective until"),
+        ("Communication_Error EI0006 Getting socket times out.", "raise communication.connect_timeout_s"),
+        ("EI0015: ranks [3] missing", "communication.network_interface"),
+        ("the aicore execution is abnormal, error code 507015", "index or a row count out of range"),
+        ("ERR02200 DIST call hccl api failed. EI0019", "end old jobs or set HCCL_IF_BASE_PORT"),
+    ],
+)
+def test_error_codes_are_explained(message: str, told: str) -> None:
+    for home in ("ascend", "ascend-torch"):
+        assert told in (registry.explained(home, message) or "")
+
+
+@pytest.mark.parametrize(("home", "message"), [("ascend", "EI00021, 1507015 of 3"), ("cpu", "EI0002"), ("ascend", "")])
+def test_other_messages_and_other_devices_are_left_alone(home: str, message: str) -> None:
+    assert registry.explained(home, message) is None
+
+
+def test_the_meaning_of_a_code_is_what_a_failed_rank_leaves_behind(tmp_path: Path) -> None:
+    (tmp_path / LOGS).mkdir()
+    note_failure(tmp_path, 3, RuntimeError("HcclAllToAll failed, EI0002"), "ascend")
+    left = json.loads((tmp_path / LOGS / "rank_3.error.json").read_text())
+    for part in ("sentence", "traceback"):
+        assert "HcclAllToAll failed" in left[part]
+        assert "EI0002: a rank waited in a collective until HCCL_EXEC_TIMEOUT" in left[part].splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 from mindspore.communication import GlobalComm, create_group, get_group_size, get_rank, init
+from mindspore.mint.distributed import distributed
 from twinmoe.ascend.mindspore.framework import mint
 from twinmoe.backends import registry
 
@@ -27,6 +28,15 @@ def main() -> None:
     mint.distributed.all_gather(blocks, ms.Tensor(np.array([launch.rank, 7])), group="pair")
     assert [b.asnumpy().tolist() for b in blocks] == [[0, 7], [1, 7]]
     print("collectives", launch.rank, flush=True)
+    # its default group is HCCL's, which the host does not have
+    distributed.get_cache_group_rank = lambda *_, **__: launch.rank
+    if launch.rank == 0:
+        mint.distributed.send(x + 4.0, 1, group=world)
+    else:
+        came = ms.Tensor(np.zeros(2, np.float32))
+        mint.distributed.recv(came, 0, group=world)
+        assert came.asnumpy().tolist() == [7.0, 24.0]
+    print("point to point", launch.rank, flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_ranks_and_groups_of_a_job_of_two(tmp_path: Path) -> None:
             os.killpg(job.pid, 9)
             job.wait()
     logs = "\n".join(p.read_text() for p in sorted(tmp_path.glob("worker_*.log")))
-    for line in ("rank 0", "rank 1", "collectives 0", "collectives 1"):
+    for line in ("rank 0", "rank 1", "collectives 0", "collectives 1", "point to point 0", "point to point 1"):
         assert line in logs.splitlines(), f"{output[-1500:]}\n{logs[-3000:]}"
 
 
