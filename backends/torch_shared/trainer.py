@@ -74,7 +74,7 @@ class TorchTrainer:
         if options.data_sharding == "full" and groups["world"].size > 1:
             sharded = self._shard(modules, specs, groups["world"])
         values = {name: value for module in modules.values() for name, value in module.named().items()}
-        optimizer = self._optimizer(specs, values, options, bool(sharded))
+        optimizer = self._optimizer(specs, values, options, sharded)
         return TorchState(modules, specs, groups, comm, sharded, optimizer, values)
 
     def _shard(
@@ -96,15 +96,18 @@ class TorchTrainer:
         return frozenset(mine)
 
     def _optimizer(
-        self, specs: dict[str, Parameter], values: dict[str, nn.Parameter], options: TrainOptions, sharded: bool
+        self,
+        specs: dict[str, Parameter],
+        values: dict[str, nn.Parameter],
+        options: TrainOptions,
+        sharded: frozenset[str],
     ) -> torch.optim.Optimizer:
-        decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, value in values.items():
-            decayed[specs[name].weight_decay].append(value)
+        alike: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, value in values.items():  # operations over lists of tensors refuse sharded ones beside whole ones
+            alike[specs[name].weight_decay, name in sharded].append(value)
         param_groups = [
             {"params": members, "weight_decay": options.weight_decay if decay else 0.0}
-            for decay, members in decayed.items()
-            if members
+            for (decay, _), members in alike.items()
         ]
         if options.optimizer == "sgd":
             return torch.optim.SGD(param_groups, lr=0.0)
