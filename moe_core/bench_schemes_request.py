@@ -11,7 +11,7 @@ from .combinations import ConfigError, check_ranks
 from .compose import load_config
 from .config import Config
 from .run_folder import model_hash
-from .synthetic import Skew
+from .synthetic import Skew, check_size
 
 SCHEMES = ("ep", "llep", "hiermoe", "laer", "fsdp_ep")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -44,6 +44,7 @@ def run(request: SchemesRequest) -> dict[str, Any]:
     """The JSON of `bench schemes`. ConfigError for a wrong request; JobFailedError when ranks fail."""
     _check(request)
     configs = {name: scheme_config(name, request) for name in request.schemes}
+    check_size(request.tokens, request.num_experts)
     for text in request.skews:
         for top_k in request.top_ks:
             Skew.parse(text, request.repeat_ids).check(request.num_experts, top_k)

@@ -26,6 +26,10 @@ from .routing.base import Memo, Routing, State, Tokens
 GRAMMAR = "balanced, hot:PERCENT:EXPERTS, zipf:S, groups:GROUPS:CHOSEN, together:M or counts:FILE"
 
 
+MOST_SCORES = 2**28
+"""Tokens x experts of a rank: 2 GiB an array."""
+
+
 @dataclass(frozen=True)
 class Skew:
     """A parsed description. repeat_ids: copies of a token are drawn independently (some published generators)."""
@@ -85,6 +89,15 @@ class Skew:
                 raise ConfigError(f"{self.text} leaves fewer than {top_k} experts; choose more groups")
         if self.kind == "counts" and len(self.weights) != num_experts:
             raise ConfigError(f"{self.text} holds {len(self.weights)} numbers, the layer has {num_experts} experts")
+
+
+def check_size(tokens: int, num_experts: int) -> None:
+    """ConfigError for more choices of a rank than are drawn at once in a host's memory."""
+    if tokens * num_experts > MOST_SCORES:
+        raise ConfigError(
+            f"{tokens} tokens of {num_experts} experts are drawn at once and do not fit; "
+            f"choose at most {MOST_SCORES // num_experts} tokens"
+        )
 
 
 def _read_counts(path: Path) -> tuple[float, ...]:

@@ -11,11 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from .combinations import ConfigError
-from .synthetic import Skew, choose
+from .synthetic import Skew, check_size, choose
 from .trace import SAMPLED, Record, Trace, TraceInfo, TraceWriter
-
-MOST_SCORES = 2**28
-"""Tokens x experts of a rank that are drawn at once: 2 GiB an array."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,7 @@ class Synthetic:
     def __post_init__(self) -> None:
         """ConfigError for choices that can't be made, or not at once in a host's memory."""
         self.skew.check(self.num_experts, self.top_k)
-        if self.tokens * self.num_experts > MOST_SCORES:
-            raise ConfigError(
-                f"{self.tokens} tokens of {self.num_experts} experts are drawn at once and do not fit; "
-                f"choose at most {MOST_SCORES // self.num_experts} tokens, and more steps"
-            )
+        check_size(self.tokens, self.num_experts)
         if self.seed < 0:
             raise ConfigError(f"the seed {self.seed} is below 0; choose 0 or above")
 

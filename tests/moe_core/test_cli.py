@@ -159,6 +159,7 @@ def test_under_a_launcher_the_ranks_must_agree_on_the_folder(run: Run, monkeypat
         (["bench", "comm", "--out", "absent/a.yaml"], "there is no folder absent"),
         (["bench", "schemes", "--tokens", "0"], "--tokens 0 is not a size"),
         (["bench", "schemes", "--tokens", "-1"], "--tokens -1 is not a size"),
+        (["bench", "schemes", "--tokens", "1000000000000"], "choose at most"),
         (["bench", "schemes", "--dtype", "float16"], "choose one of float32, bfloat16, float64"),
         (["bench", "schemes", "--skew", "zipf:inf"], "is unknown"),
         (["bench", "schemes", "--top-k", "0"], "is not a size"),
