@@ -208,6 +208,11 @@ def _rounds(moe: MoeConfig, parallel: ParallelConfig, runtime: Runtime, spec: La
             f"parallel.overlap_chunks={parallel.overlap_chunks}: exchanges don't run under compute on this backend "
             f"({runtime.comm.no_overlap}); set overlap_chunks=1"
         )
+    if parallel.prefetch_layers and runtime.comm.no_overlap is not None:
+        raise ValueError(
+            f"parallel.prefetch_layers={parallel.prefetch_layers}: weights don't travel under compute on this backend "
+            f"({runtime.comm.no_overlap}); set prefetch_layers=0"
+        )
     shape = layer_shape(moe, spec.width, _FORECAST_BYTES)
     return RoundRule(parallel.max_rows_per_rank, parallel.over_budget, parallel.overlap_chunks, shape)
 

@@ -98,6 +98,36 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        "parallel.prefetch_layers",
+        "parallel.residency",
+        "only sharded experts are gathered for every call; choose residency fully_sharded, or prefetch_layers 0",
+        lambda c: c.parallel.prefetch_layers > 0 and c.parallel.residency != "fully_sharded",
+    ),
+    Rule(
+        "parallel.prefetch_layers",
+        "parallel.planner",
+        "its slots follow from the counts of the same call; choose planner relayout or static, or prefetch_layers 0",
+        lambda c: c.parallel.prefetch_layers > 0 and c.parallel.planner == "least_loaded",
+    ),
+    Rule(
+        "parallel.prefetch_layers",
+        "train.recompute",
+        "weights that come a second time would come in their own layer; choose recompute none, or prefetch_layers 0",
+        lambda c: c.parallel.prefetch_layers > 0 and c.train.recompute != "none",
+    ),
+    Rule(
+        "parallel.prefetch_layers",
+        "parallel.data_sharding",
+        "a module of sharded parameters is entered once per pass; choose data_sharding none, or prefetch_layers 0",
+        lambda c: c.parallel.prefetch_layers > 0 and c.parallel.data_sharding == "full",
+    ),
+    Rule(
+        "parallel.prefetch_layers",
+        "moe.num_heads",
+        "layers of several heads fetch their own experts; choose num_heads 1, or prefetch_layers 0",
+        lambda c: c.parallel.prefetch_layers > 0 and c.moe.num_heads > 1,
+    ),
+    Rule(
         "parallel.tensor_parallel_size",
         "parallel.residency",
         "shards are cut across columns already; choose residency owned or borrowed, or tensor_parallel_size 1",

@@ -200,6 +200,7 @@ class ParallelConfig(Section):
     head_chunks: 2 computes the heads of a micro-batch in halves, one's exchange while the other is computed.
     max_rows_per_rank: no rank holds more rows of experts at once; a plan over it runs in rounds, or over_budget=error.
     overlap_chunks: rounds of a plan within the budget; exchanges of one run under the compute of another.
+    prefetch_layers: 1 sends sharded experts of the next layer on their way under the experts of this one.
     """
 
     scheme: str = "ep"
@@ -218,6 +219,7 @@ class ParallelConfig(Section):
     max_rows_per_rank: int | None = Field(default=None, gt=0)
     over_budget: Literal["chunk", "error"] = "chunk"
     overlap_chunks: int = Field(default=1, gt=0)
+    prefetch_layers: Literal[0, 1] = 0
     slots_per_rank: int | None = Field(default=None, gt=0)
     least_loaded: LeastLoadedConfig = LeastLoadedConfig()
     relayout: RelayoutConfig = RelayoutConfig()

@@ -6,8 +6,9 @@ dispatch  rows to the ranks that compute them
 compute   grouped feed-forward with the weights that are there
 combine   rows back home, weighted and summed
 
-Between plan and dispatch, weights that rest elsewhere set out (`gather`). Two ways run the last three calls otherwise:
-`whole` in one operation, where nothing travels; `in_rounds` several times, for a row budget or to overlap exchanges.
+Between plan and dispatch, weights that rest elsewhere set out (`gather`), unless they did so under the layer before
+(`prefetch`). Two ways run the last three calls otherwise: `whole` in one operation, where nothing travels; `in_rounds`
+several times, for a row budget or to overlap exchanges.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 from ..backends.protocol import Array, Communicator, Group, Ops
 from .idle import with_padding, without_padding
 from .plan import Plan
-from .planners.budget import RoundRule
+from .planners.budget import RoundRule, RowBudgetError
 from .planning import Planner
+from .prefetch import land, taken
 from .residency.base import Residency
 from .rounds import in_rounds
 from .routing.base import Memo, Router, Routing, Tokens
@@ -88,10 +90,12 @@ class MoELayer:
         if found is not None:
             y_TD, exchange = found
         elif plan is not None and plan.rounds > 1:
-            y_TD, exchange = in_rounds(self, params, x_TD, routing, plan)
+            y_TD, exchange = in_rounds(self, (params, memo), x_TD, routing, plan)
         else:
-            weights = self.gather(params, plan)
+            weights = self.gather(params, plan, memo)
             rows_ND, exchange = self.transport.dispatch(x_TD, routing, plan)
+            if memo.ahead is not None:
+                memo.ahead()
             out_ND = self.compute(weights, rows_ND, exchange, plan)
             y_TD = self.transport.combine(out_ND, routing.weights_TK, exchange)
         if self.shared is not None:
@@ -108,11 +112,15 @@ class MoELayer:
             counts_E = self.ops.count(routing.ids_TK, self.num_experts)
             return self.rounds.apply(self.planner.plan(self.comm.gather_to_host(counts_E, self.group), tokens.training))
 
-        return memo.once("plan", decide)
+        try:
+            return memo.once("plan", decide)
+        except RowBudgetError:
+            land(self, memo)
+            raise
 
-    def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Any:
+    def gather(self, params: Mapping[str, Array], plan: Plan | None, memo: Memo) -> Any:
         """Weights that rest elsewhere set out while rows travel; those that are recomputed with the experts, later."""
-        return params if self.checkpoint_experts else self.residency.gather(params, plan)
+        return params if self.checkpoint_experts else taken(self, params, plan, memo)
 
     def compute(self, weights: Any, rows_ND: Array, exchange: Exchange, plan: Plan | None) -> Array:
         """Expert outputs; under `train.recompute: experts` weights and intermediates come a second time in backward."""

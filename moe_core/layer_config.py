@@ -25,6 +25,10 @@ _LOOP: Mapping[str, tuple[Callable[[Config], bool], str]] = {
     ),
     "parallel.scheme": (lambda c: c.parallel.scheme == AUTO, "the command looks for one; name one, such as llep"),
     "parallel.placement": (lambda c: c.parallel.placement != "fixed", "the loop swaps experts; set it to fixed"),
+    "parallel.prefetch_layers": (
+        lambda c: c.parallel.prefetch_layers > 0,
+        "the model knows which layer comes next; set it to 0",
+    ),
     "parallel.data_sharding": (
         lambda c: c.parallel.data_sharding != "none",
         "wrap your model in FSDP2 with ignored_params=expert_parameters(layer), and set it to none",

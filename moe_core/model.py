@@ -14,6 +14,7 @@ from .config import Config
 from .data import GlobalBatch
 from .heads import HeadExchange, HeadsLayer
 from .layer import LayerStats, MoELayer
+from .prefetch import link, set_out
 from .routing.base import Memo, Router, State, Tokens, times
 from .routing.losses import combine_layers, loss_coefficients
 from .tensor_parallel import part_of_attention, share_of_loss, split_attention, split_mlp, summed_over_tensor
@@ -87,8 +88,11 @@ class Model:
         x_SLD = modules["vocabulary"]("embed", self.ops.asarray(batch.tokens_SL.reshape(-1)), batch.tokens_SL.shape)
         auxiliary: dict[str, Array] = {}
         stats: list[LayerStats] = []
-        for index in range(self.config.model.num_layers):
-            x_SLD, losses, seen = self._block(modules[f"layers.{index}"], x_SLD, inputs, Memo(states.get(index, {})))
+        memos = [Memo(states.get(index, {})) for index in range(self.config.model.num_layers)]
+        if self.config.parallel.prefetch_layers:
+            link([memos[i] for i in self.moe_layers], [modules[f"layers.{i}"] for i in self.moe_layers], inputs)
+        for index, memo in enumerate(memos):
+            x_SLD, losses, seen = self._block(modules[f"layers.{index}"], x_SLD, inputs, memo)
             stats += [] if seen is None else [seen]
             for name, value in losses.items():
                 auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
@@ -194,7 +198,10 @@ def _build_vocabulary(config: Config, runtime: Runtime) -> Component:
 
 
 def _build_block(config: Config, runtime: Runtime, index: int, parts: LayerParts | Sequence[Parameter]) -> Component:
-    """norm -> attention -> residual -> norm -> feed-forward -> residual; forward(x_SLD, Inputs, Memo)."""
+    """norm -> attention -> residual -> norm -> feed-forward -> residual; forward(x_SLD, Inputs, Memo).
+
+    Without an x_SLD, weights of the call to come set out, and that is all.
+    """
     model, ops = config.model, runtime.ops
     prefix = f"layers.{index}."
     declare = Declare(prefix + "attention.", config.train.seed)
@@ -207,8 +214,12 @@ def _build_block(config: Config, runtime: Runtime, index: int, parts: LayerParts
     parameters += parts.parameters if isinstance(parts, LayerParts) else parts
     near = model.sliding_window is not None and (model.sliding_layers is None or index in model.sliding_layers)
 
-    def forward(params: Params, x_SLD: Array, inputs: Inputs, memo: Memo) -> tuple[Array, Mapping[str, Array], Any]:
+    def forward(params: Params, x_SLD: Any, inputs: Inputs, memo: Memo) -> Any:
         p = scoped(params, prefix)
+        if x_SLD is None:
+            assert isinstance(parts, LayerParts)
+            assert isinstance(parts.layer, MoELayer)
+            return set_out(parts.layer, scoped(p, "moe."), memo)
         a_SLD = ops.rms_norm(x_SLD, p["norm_1"], model.norm_eps)
         allowed = inputs.allowed_near if near else inputs.allowed
         heads_SLD = attention(ops, own_heads, scoped(p, "attention."), a_SLD, inputs.rotary, allowed)

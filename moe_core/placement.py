@@ -37,6 +37,9 @@ class Placed:
     def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
         return self.function(counts_RE, self.owned_RC)
 
+    def coming(self) -> None:
+        """Nothing: which experts are lent depends on the counts."""
+
     def state(self) -> dict[str, np.ndarray]:
         """Nothing: checkpoints keep the table beside the tensors that it describes."""
         return {}

@@ -18,7 +18,7 @@ from .planners.budget import LayerShape
 from .planners.cost import CostModel
 from .planners.layout import Layout, strided_layout, tiled_layout
 from .planners.least_loaded import LeastLoadedOptions, plan_least_loaded, plan_least_loaded_sharded
-from .planners.relayout import RelayoutOptions, RelayoutState, plan_relayout, start
+from .planners.relayout import RelayoutOptions, RelayoutState, plan_relayout, slots_of, start
 from .planners.static import owners, plan_static, slot_table
 from .topology import Topology
 
@@ -28,6 +28,10 @@ class Planner(Protocol):
 
     def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
         """The plan of this call. Only training calls are remembered."""
+        ...
+
+    def coming(self) -> np.ndarray | None:
+        """(R, C) slots of the coming call, None where they depend on its counts. Changes nothing."""
         ...
 
     def state(self) -> dict[str, np.ndarray]:
@@ -45,12 +49,16 @@ class Planner(Protocol):
 
 @dataclass(frozen=True)
 class Stateless:
-    """A planner without memory."""
+    """A planner without memory. slots_RC: those of every plan, where they do not depend on counts."""
 
     function: Callable[[np.ndarray], Plan]
+    slots_RC: np.ndarray | None = None
 
     def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
         return self.function(counts_RE)
+
+    def coming(self) -> np.ndarray | None:
+        return self.slots_RC
 
     def state(self) -> dict[str, np.ndarray]:
         return {}
@@ -74,15 +82,24 @@ class Relayout:
         self._options, self._owned_RC, self._executor = options, owned_RC, executor
         self._search = BackgroundSearch(state, options, executor)
         self._last: Layout | None = None
+        self._waited_ahead = 0.0
         self._figures = {"layout_wait_seconds": 0.0, "layouts_changed": 0.0}
 
     def plan(self, counts_RE: np.ndarray, training: bool) -> Plan:
         layout, waited = self._search.layout()
         changed = self._last is not None and bool((self._last.slots != layout.slots).any())
+        waited, self._waited_ahead = waited + self._waited_ahead, 0.0
         self._last, self._figures = layout, {"layout_wait_seconds": waited, "layouts_changed": float(changed)}
         if training:
             self._search.observe(counts_RE)
         return plan_relayout(counts_RE, layout, self._options, self._owned_RC)
+
+    def coming(self) -> np.ndarray | None:
+        if self._owned_RC is not None:
+            return None
+        layout, waited = self._search.layout()
+        self._waited_ahead += waited
+        return slots_of(layout)
 
     def state(self) -> dict[str, np.ndarray]:
         """The window of counts and the layouts of the coming calls. Waits for searches."""
@@ -138,7 +155,7 @@ def _fixed_layout(num_experts: int, ranks: int, slots: int, node_of: tuple[int, 
     """fsdp_ep, LAER's baseline: a fixed strided layout (replicas where there are more slots than experts)."""
     layout: Layout = strided_layout(num_experts, ranks, slots)
     options = RelayoutOptions(slots_per_rank=slots, node_of=node_of)
-    return Stateless(lambda counts: plan_relayout(counts, layout, options))
+    return Stateless(lambda counts: plan_relayout(counts, layout, options), slots_of(layout))
 
 
 def least_loaded_options(parallel: ParallelConfig, node_of: tuple[int, ...] | None = None) -> LeastLoadedOptions:

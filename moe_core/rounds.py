@@ -15,7 +15,8 @@ import numpy as np
 from ..backends.protocol import Array
 from .plan import Plan
 from .planners.budget import round_plan
-from .routing.base import Routing
+from .prefetch import taken
+from .routing.base import Memo, Routing
 from .transport.base import Exchange, Overlapping, Traffic
 from .transport.flat import device_destinations
 
@@ -32,11 +33,14 @@ class Round:
 
 
 def in_rounds(
-    layer: MoELayer, params: Mapping[str, Array], x_TD: Array, routing: Routing, plan: Plan
+    layer: MoELayer, own: tuple[Mapping[str, Array], Memo], x_TD: Array, routing: Routing, plan: Plan
 ) -> tuple[Array, Exchange]:
-    """(y_TD, what statistics need of the exchanges). Weights are gathered once and kept for all rounds."""
+    """(y_TD, what statistics need of the exchanges). Weights are gathered once and kept for all rounds.
+
+    own: parameters and memo of this call. Nothing is fetched ahead for the next layer.
+    """
     rounds = _rounds(layer, routing, plan)
-    weights = layer.residency.gather(params, rounds[0].plan)
+    weights = taken(layer, own[0], rounds[0].plan, own[1])
     if layer.rounds.exceeded(plan):
         return _bounded(layer, layer.residency.arrived(weights), x_TD, rounds)
     return _overlapped(layer, weights, x_TD, rounds)

@@ -240,6 +240,7 @@ WORDS: tuple[Word, ...] = (
     Word("parallel.max_rows_per_rank", "bound on rows that a rank holds at once in a layer"),
     Word("parallel.over_budget", "rounds or an error for a plan over that bound"),
     Word("parallel.overlap_chunks", "rounds whose exchanges run under expert compute"),
+    Word("parallel.prefetch_layers", "sharded experts set out under the layer before"),
     Word("train.steps", "optimizer steps", ("train_iters",), ("sink_size",), ("max_steps",), ("num_steps",)),
     Word(
         "train.global_batch_size",

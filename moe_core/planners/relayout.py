@@ -123,6 +123,11 @@ def plan_relayout(
     return plan if owned_RC is None else as_borrowed(plan, owned_RC)
 
 
+def slots_of(layout: Layout) -> np.ndarray:
+    """(R, C) slots of any call's plan under a layout whose weights come from the shards."""
+    return _merge_replicas(layout.slots)[0]
+
+
 def _merge_replicas(slots_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(table without repeats on a rank, slot that takes over the rows of each slot)."""
     ranks, width = slots_RC.shape

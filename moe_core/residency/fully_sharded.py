@@ -73,7 +73,10 @@ class FullySharded:
 
     def gather(self, params: Mapping[str, Array], plan: Plan | None) -> Unsharded:
         """One all-to-all of equal splits, under way."""
-        slots_RC = np.arange(self._moe.num_experts)[None] if plan is None else plan.slots
+        return self.gather_slots(params, np.arange(self._moe.num_experts)[None] if plan is None else plan.slots)
+
+    def gather_slots(self, params: Mapping[str, Array], slots_RC: np.ndarray) -> Unsharded:
+        """The same for a plan of which only the slots are known yet."""
         index = self._ops.asarray(slots_RC.reshape(-1))
         shards = self._ops.concat([self._ops.take_rows(params[name], index) for name in self._names], 1)
         return Unsharded(slots_RC.shape[1], self._comm.all_to_all_start(shards, self._group))

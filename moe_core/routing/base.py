@@ -72,10 +72,15 @@ class Tokens:
 
 @dataclass
 class Memo:
-    """One layer call: the router's state, and decisions kept so that recomputation and backward replay them."""
+    """One layer call: the router's state, and decisions kept so that recomputation and backward replay them.
+
+    under_way: weights that set out before the call; ahead: sets out those of the next MoE layer (`prefetch`).
+    """
 
     state: State = field(default_factory=dict)
     decided: dict[str, Any] = field(default_factory=dict)
+    under_way: Any = None
+    ahead: Callable[[], Any] | None = None
 
     def once(self, key: str, decide: Callable[[], Any]) -> Any:
         """The value decided at the first call."""
