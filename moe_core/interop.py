@@ -69,15 +69,15 @@ def build_moe_layer(
 
 def _check_input(ops: Ops, x: Array, real: Array | None, hidden_size: int) -> None:
     """ValueError or TypeError for tokens of another width or no floats, and masks that are not of these tokens."""
-    shape = tuple(getattr(x, "shape", ()))
-    if not shape or shape[-1] != hidden_size:
-        raise ValueError(f"x of shape {shape} does not end with hidden_size={hidden_size}; pass (..., {hidden_size})")
     try:
         ops.dtype_of(x)
     except (KeyError, AttributeError, TypeError):
         raise TypeError(
             f"x is a {type(x).__name__} of {_dtype(x)}; pass a floating tensor of the layer's framework"
         ) from None
+    shape = tuple(x.shape)
+    if not shape or shape[-1] != hidden_size:
+        raise ValueError(f"x of shape {shape} does not end with hidden_size={hidden_size}; pass (..., {hidden_size})")
     if real is None:
         return
     if not _dtype(real).lower().endswith("bool"):

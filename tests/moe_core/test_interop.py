@@ -53,3 +53,9 @@ def test_a_mask_has_one_entry_a_token(home: Any, layer: Any) -> None:
 def test_integers_are_no_tokens(home: Any, layer: Any) -> None:
     with pytest.raises(TypeError, match="pass a floating tensor"):
         layer(home.ops.asarray(np.ones((3, WIDTH), np.int64)))
+
+
+@pytest.mark.parametrize("given", [[[0.0] * WIDTH], np.zeros((3, WIDTH)), None])
+def test_what_is_no_tensor_is_no_tokens(layer: Any, given: Any) -> None:
+    with pytest.raises(TypeError, match="pass a floating tensor"):
+        layer(given)
