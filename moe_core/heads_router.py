@@ -11,7 +11,7 @@ from ..backends.protocol import Array, Parameter, Piece
 from .heads_exchange import Heads
 from .parameters import draw
 from .routing import state as router_state
-from .routing.base import Memo, RouterContext, Routing, State, Tokens, flatten_real, wide_dtype
+from .routing.base import Memo, RouterContext, Routing, State, Tokens, constant, flatten_real, wide_dtype
 from .routing.losses import entropy_loss, load_balance_losses, z_loss
 
 
@@ -84,7 +84,7 @@ class HeadsRouter:
         if not self._context.moe.bias_update_rate or "bias" not in memo.state:
             return None
         mine = np.asarray(memo.state["bias"])[self._heads.first : self._heads.first + self._heads.count]
-        return self._context.ops.cast(self._context.ops.asarray(mine), self._context.ops.dtype_of(w_HDE))
+        return constant(self._context.ops, mine, self._context.ops.dtype_of(w_HDE))
 
     def _non_finite(self, logits_NHK: Array) -> Array:
         """(N,) tokens with a chosen logit that is not finite, in any head of this rank."""

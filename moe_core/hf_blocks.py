@@ -33,7 +33,8 @@ class GivenChoices:
         ids_TK, weights_TK = memo.decided[IDS], memo.decided[WEIGHTS]
         if ids_TK.shape[0] == 0:  # a rank without tokens, which takes part with one of padding
             ids_TK = self._ops.asarray(np.full((x_TD.shape[0], self._top_k), -1))
-            weights_TK = self._ops.cast(self._ops.asarray(np.zeros(ids_TK.shape)), self._ops.dtype_of(weights_TK))
+            none_TK = self._ops.asarray(np.zeros(ids_TK.shape, np.float32))
+            weights_TK = self._ops.cast(none_TK, self._ops.dtype_of(weights_TK))
         return Routing(ids_TK, ids_TK, weights_TK, {})
 
     def initial_state(self) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from .routing.base import Tokens
 
 def with_padding(ops: Ops, x_TD: Array, tokens: Tokens) -> tuple[Array, Tokens]:
     """(x with one row of zeros, tokens that call it padding) for x of no rows."""
-    row = ops.cast(ops.asarray(np.zeros((1, x_TD.shape[1]))), ops.dtype_of(x_TD))
+    row = ops.cast(ops.asarray(np.zeros((1, x_TD.shape[1]), np.float32)), ops.dtype_of(x_TD))
     padding = replace(
         tokens,
         sequences=1,

@@ -181,3 +181,8 @@ def times(ops: Ops, x: Array, number: float) -> Array:
     if ops.dtype_of(x) != "float64" or float(np.float32(number)) == number:
         return x * number
     return x * ops.asarray(np.array(number, np.float64))
+
+
+def constant(ops: Ops, values: np.ndarray, dtype: DType) -> Array:
+    """Numbers of the host in that dtype. They are narrowed before they leave it: devices have next to no float64."""
+    return ops.cast(ops.asarray(values if dtype == "float64" else values.astype(np.float32)), dtype)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from ...backends.protocol import Array, Ops
-from .base import RouterContext, State, Tokens, times
+from .base import RouterContext, State, Tokens, constant, times
 from .theory import capacity_bound
 
 Factor = float | str | Fraction | int
@@ -87,7 +87,7 @@ def within_mass(ops: Ops, ids_TK: Array, scores_TK: Array, groups: int, num_expe
     dense_CL = ops.transpose(dense_TE.reshape((groups, length, num_experts)), (0, 2, 1)).reshape((rows, length))
     order_CL = ops.topk(dense_CL, length)
     sorted_CL = ops.take_along(dense_CL, order_CL)
-    before = ops.cast(ops.asarray(np.triu(np.ones((length, length)), 1)), ops.dtype_of(sorted_CL))
+    before = constant(ops, np.triu(np.ones((length, length)), 1), ops.dtype_of(sorted_CL))
     enough_C1 = times(ops, sorted_CL.sum(-1).reshape((-1, 1)), mass)
     kept_CL = ((sorted_CL @ before) < enough_C1) & (sorted_CL > 0)
     row_C1 = ops.asarray(np.arange(rows).reshape(-1, 1) * length)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...backends.protocol import Array, Ops
 from ..config import MoeConfig
-from .base import Choice, Memo, RouterContext, Tokens, times
+from .base import Choice, Memo, RouterContext, Tokens, constant, times
 from .finite import screen
 from .keyed import uniform_noise
 
@@ -49,7 +49,7 @@ def jittered(context: RouterContext, logits_TE: Array, tokens: Tokens, memo: Mem
         shape = (logits_TE.shape[0] // tokens.sequences, logits_TE.shape[1])
         key = (context.seed, "jitter", context.layer, tokens.step)
         parts = [uniform_noise(shape, moe.router_jitter, *key, int(p)) for p in tokens.positions()]
-        return ops.cast(ops.asarray(np.concatenate(parts)), ops.dtype_of(logits_TE))
+        return constant(ops, np.concatenate(parts), ops.dtype_of(logits_TE))
 
     return logits_TE * memo.once("jitter", draw)
 
@@ -62,7 +62,7 @@ def _ranking(context: RouterContext, logits_TE: Array, scores_TE: Array, memo: M
     ranking_TE = ops.stop_gradient(scores_TE)
     if moe.bias_update_rate:
         bias_E = memo.state.get("bias", np.zeros(moe.num_experts))
-        ranking_TE = ranking_TE + ops.cast(ops.asarray(np.asarray(bias_E)), ops.dtype_of(scores_TE))
+        ranking_TE = ranking_TE + constant(ops, np.asarray(bias_E), ops.dtype_of(scores_TE))
     return ranking_TE if moe.num_groups == 1 else limit_to_groups(ops, moe, ranking_TE)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ...backends.protocol import Array
 from ..config import MoeConfig
 from ..planners.static import owners
-from .base import RouterContext, Tokens, only_real, times
+from .base import RouterContext, Tokens, constant, only_real, times
 
 NODE_ROWS = "node_rows"
 """Statistic (nodes x nodes, flat): kept rows by home of the token and node of the expert."""
@@ -73,7 +73,7 @@ def locality_loss(context: RouterContext, shares_TE: Array, tokens: Tokens) -> A
     weight = has_choice(node_E, nodes).astype(np.float64)[:, None]
     if moe.locality_scope == "node":
         member_RS1 = (homes_S[None] == np.arange(nodes)[:, None]).astype(np.float64)[..., None]
-        mass_GE = (ops.cast(ops.asarray(member_RS1), wide) * mass_SE.reshape((1, *mass_SE.shape))).sum(1)
+        mass_GE = (constant(ops, member_RS1, wide) * mass_SE.reshape((1, *mass_SE.shape))).sum(1)
         everyone_GE = context.pooled(mass_GE)
     else:
         mass_GE, everyone_GE = mass_SE, ops.stop_gradient(mass_SE)
@@ -81,7 +81,7 @@ def locality_loss(context: RouterContext, shares_TE: Array, tokens: Tokens) -> A
     count_G1 = everyone_GE.sum(-1).reshape((-1, 1))
     q_GE = everyone_GE / ops.where(count_G1 > 0, count_G1, 1.0)
     log_q_GE = ops.log(ops.where(q_GE > 0, q_GE, 1.0))
-    ratio_GE = (log_q_GE - ops.cast(ops.asarray(target), wide)) * ops.cast(ops.asarray(weight), wide)
+    ratio_GE = (log_q_GE - constant(ops, target, wide)) * constant(ops, weight, wide)
     divergence = (ops.stop_gradient(ratio_GE) * mass_GE).sum(-1).sum(-1)
     return times(ops, divergence, 1.0 / (tokens.total * tokens.layers))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...backends.protocol import Array, Parameter
 from . import state as router_state
-from .base import Choice, Chooser, Memo, RouterContext, Routing, State, Tokens, flatten_real
+from .base import Choice, Chooser, Memo, RouterContext, Routing, State, Tokens, constant, flatten_real
 from .capacity import group_capacity, within_capacity, within_mass
 from .finite import NAN_TOKENS, count_true, non_finite_rows
 from .locality import locality_loss, locality_statistics
@@ -123,7 +123,7 @@ class ChooserRouter:
         """(B,) real tokens whose cosine reaches each edge."""
         ops = self._context.ops
         edges_B = cosine_edges(self._context.width)
-        edges = ops.cast(ops.asarray(edges_B), ops.dtype_of(cosine_T)).reshape((1, -1))
+        edges = constant(ops, edges_B, ops.dtype_of(cosine_T)).reshape((1, -1))
         reached = cosine_T.reshape((-1, 1)) >= edges
         if tokens.real_T is not None:
             reached = reached & tokens.real_T.reshape((-1, 1))
