@@ -33,10 +33,6 @@ _LOOP: Mapping[str, tuple[Callable[[Config], bool], str]] = {
         lambda c: c.parallel.data_sharding != "none",
         "wrap your model in FSDP2 with ignored_params=expert_parameters(layer), and set it to none",
     ),
-    "parallel.prefetch_layers": (
-        lambda c: c.parallel.prefetch_layers > 0,
-        "the model knows which layer is next; set it to 0",
-    ),
     "parallel.data_assignment": (
         lambda c: c.parallel.data_assignment != "round_robin",
         "the loop hands out sequences; set it to round_robin",

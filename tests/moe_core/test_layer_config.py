@@ -33,7 +33,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"data_sharding": "full"}, "wrap your model in FSDP2"),
     ({}, {"data_assignment": "by_domain"}, "set it to round_robin"),
     ({}, {"scheme": "laer", "prefetch_layers": 1}, "the model knows which layer comes next"),
-    ({}, {"residency": "fully_sharded", "prefetch_layers": 1}, "parallel.prefetch_layers=1 is for twinmoe's own"),
     ({}, {"placement": "swap"}, "set it to fixed"),
     ({"expert_hidden_size": 9}, {"tensor_parallel_size": 2}, "choose a tensor_parallel_size that divides"),
     ({}, {"expert_parallel_size": 4}, "does not divide 1 ranks"),
