@@ -238,9 +238,10 @@ def stalls_reported(comm: Communicator, logs: Path, timeout_s: float) -> Iterato
     try:
         yield
     except Exception as error:
-        if calls.inside and time.monotonic() - calls.since > 0.8 * timeout_s:
+        waited = time.monotonic() - calls.since
+        if calls.inside and waited > 0.8 * timeout_s:
             told = "\n".join(_what_ranks_said(logs, comm.size, comm.rank, calls.told()))
-            raise StuckError(f"{error}\nwhat each rank was doing when {timeout_s:g} s had passed:\n{told}") from error
+            raise StuckError(f"{error}\nwhat each rank was doing after {waited:.1f} s:\n{told}") from error
         raise
     finally:
         watch.stop()

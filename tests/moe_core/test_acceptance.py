@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from twinmoe.backends import registry
 from twinmoe.backends.protocol import Launch
 from twinmoe.backends.registry import choose, load
 from twinmoe.moe_core import acceptance, acceptance_checks, acceptance_steps, cli
@@ -136,3 +137,10 @@ def test_fused_operations_are_timed_beside_plain_ones_in_a_process_of_their_own(
     ]
     assert report["dtype"] == "float32"
     assert all(row["milliseconds"] > 0 for row in report["rows"])
+
+
+@pytest.mark.parametrize("home", ["ascend", "ascend-torch"])
+def test_hccl_speaks_before_the_checks_are_ended(home: str) -> None:
+    told = registry.home_environment(home, acceptance_steps._SOON)
+    limit = acceptance_steps.STEPS["checks"][1]
+    assert int(told["HCCL_CONNECT_TIMEOUT"]) < int(told["HCCL_EXEC_TIMEOUT"]) < limit
