@@ -284,11 +284,13 @@ def _reduce_seconds(config: Config, mesh: Mesh, group: str, size: int) -> float:
 
 def _memory(config: Config, tally: _Tally, ranks: int) -> int:
     """What `--dry-run` says, plus the activations of the rows that the busiest rank has beyond the mean, plus weights
-    that are gathered or borrowed (kept for backward unless the layer is recomputed)."""
+    that are gathered or borrowed (kept for backward unless the layer is recomputed); those of a layer that are fetched
+    ahead, as they leave and as they arrive."""
     moe, element = config.moe, BYTES[config.train.dtype]
     row = (2 * config.model.hidden_size + (moe.gates + 1) * moe.expert_hidden_size) * element
     extra = max(float(rows.max()) for rows in tally.extra_rows.values())
     layers = moe_layers(config) if config.train.recompute == "none" else 1
     held = tally.held // (1 if config.train.recompute == "none" else moe_layers(config))
     rows = extra / moe_layers(config) * layers * row
-    return int(shapes(config, ranks).memory_per_rank.total + rows + held)
+    ahead = 2 * config.parallel.prefetch_layers * tally.held // max(1, moe_layers(config))
+    return int(shapes(config, ranks).memory_per_rank.total + rows + held + ahead)

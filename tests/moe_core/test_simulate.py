@@ -51,6 +51,13 @@ def test_llep_and_laer_level_what_ep_leaves_to_one_rank():
     assert found["ep"].memory > found["llep"].memory
 
 
+def test_weights_fetched_ahead_take_a_layers_slots_twice():
+    without, ahead = (cost(config_of("laer", f"parallel.prefetch_layers={n}")) for n in (0, 1))
+    slots, expert = 32 // 8 + 1, 3 * 512 * 512 * 4
+    assert ahead.memory - without.memory == 2 * slots * expert
+    assert ahead.seconds == without.seconds, "what it hides is not modelled"
+
+
 def test_deduplication_saves_bytes_between_nodes_and_swaps_bring_partners_together():
     flat, dedup, swap = (
         cost(config_of(*words), "together:2")
