@@ -136,6 +136,8 @@ def other_cells(seed: int) -> Iterator[Cell]:
 
 def further_cells(seed: int) -> Iterator[Cell]:
     """Combinations."""
+    yield Cell("context_gate", mu=0.3, assignment="by_affinity", ramp=0.3, seed=seed)
+    yield Cell(mu=0.2, assignment="by_affinity", ramp=0.3, seed=seed)
     yield Cell("context_gate", mu=0.3, ramp=0.3, gradient="router", seed=seed)
     yield Cell("grap", mu=0.3, ramp=0.3, seed=seed, more=GRAP)
     yield Cell("grap", mu=0.1, assignment="by_affinity", ramp=0.3, seed=seed, more=GRAP)

@@ -30,7 +30,7 @@ from twinmoe.moe_core.model import Model, build_model
 from twinmoe.moe_core.routing.arrangement import Arrangement
 from twinmoe.moe_core.routing.locality import NODE_ROWS, local_share
 from twinmoe.moe_core.train import learning_rate
-from twinmoe.testing.bench.locmoe_cells import EXPERTS, NODES, Cell, cells, config_of
+from twinmoe.testing.bench.locmoe_cells import EXPERTS, NODES, STEPS, Cell, cells, config_of
 
 HOME_EXPERTS, LAST = "home_experts", 100
 """Training steps at the end over which loads and shares are averaged."""
@@ -153,12 +153,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=1e9, help="no run starts later")
     parser.add_argument("--cores", type=int, default=1)
-    parser.add_argument("--shorter", type=int, default=1, help="divide the steps of every run, to try things out")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of every run; those that train longer keep their factor"
+    )
     parser.add_argument("--without", type=Path, help="a file of names that are done, one a line")
     options = parser.parse_args()
     done = {f"{result['setting']} seed{result['seed']}" for result in read(options.out)}
     done |= set(options.without.read_text(encoding="utf-8").splitlines()) if options.without else set()
-    todo = [replace(cell, steps=cell.steps // options.shorter) for cell in cells()]
+    todo = [replace(cell, steps=cell.steps * options.steps // STEPS) for cell in cells()]
     run_cells(options.out, [cell for cell in todo if cell.name not in done], options.cores, options.minutes)
 
 

@@ -136,13 +136,12 @@ def short(setting: str) -> str:
 
 
 # --- picture -----------------------------------------------------------------------------------------
-WIDTH, HEIGHT, MARGIN, LEFT, HIGHEST = 760, 460, 50, 0.45, 8.0
+WIDTH, HEIGHT, MARGIN, LEFT, HIGHEST = 900, 640, 50, 0.45, 8.0
 
 
 def picture(found: Sequence[Line]) -> str:
-    """Scatter of loss difference (up) over local share (right) as SVG: fronts in colour, the aim shaded, shorter runs
-    hollow."""
-    most, fronts = max(line.steps for line in found), front(found)
+    """Scatter of loss difference (up) over local share (right) as SVG: the front in colour, the aim shaded."""
+    fronts = front(found)
     low = math.floor(min(line.difference for line in found))
     high = math.ceil(min(HIGHEST, max(line.difference for line in found)))
 
@@ -152,23 +151,21 @@ def picture(found: Sequence[Line]) -> str:
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
-        '<style>text{font:10px sans-serif}</style><rect width="100%" height="100%" fill="white"/>',
+        '<style>text{font:7px sans-serif}</style><rect width="100%" height="100%" fill="white"/>',
         *_axes(place, low, high),
     ]
-    for line in sorted(found, key=lambda line: line.steps):
+    for line in found:
         x, y = place(line.local, line.difference)
-        best, longest = line in fronts, line.steps == most
-        colour = "#c00" if best else "#777"
+        colour = "#c00" if line in fronts else "#777"
         parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" stroke="{colour}" fill="{colour if longest else "white"}">'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
             f"<title>{line.setting}: {line.local:.1%}, {line.difference:+.2f} %</title></circle>"
         )
-        if longest:
-            anchor, shift = ("end", -7) if x > WIDTH - 200 else ("start", 7)
-            parts.append(
-                f'<text x="{x + shift:.1f}" y="{y + 12:.1f}" fill="{colour}" text-anchor="{anchor}">'
-                f"{short(line.setting)}</text>"
-            )
+        anchor, shift = ("end", -7) if x > WIDTH - 200 else ("start", 7)
+        parts.append(
+            f'<text x="{x + shift:.1f}" y="{y + 3:.1f}" fill="{colour}" text-anchor="{anchor}">'
+            f"{short(line.setting)}</text>"
+        )
     parts.append(f'<text x="{WIDTH / 2 - 110}" y="{HEIGHT - 12}">share of rows that stay on their node</text>')
     parts.append('<text x="10" y="20">validation loss against switch without locality, same seeds</text></svg>')
     return "\n".join(parts) + "\n"
@@ -192,7 +189,7 @@ def _axes(place: Callable[[float, float], tuple[float, float]], low: int, high: 
 
 
 def report(page: Path, files: Sequence[Path]) -> None:
-    """Replace what stands between the marks of the page, and draw the fronts of lengths with five settings or more."""
+    """Replace what stands between the marks of the page, and draw the length with most settings."""
     begin, end = "<!-- measured -->", "<!-- end -->"
     found = lines(read(files))
     lengths = sorted({line.steps for line in found}, reverse=True)
@@ -202,8 +199,9 @@ def report(page: Path, files: Sequence[Path]) -> None:
     text = page.read_text(encoding="utf-8")
     before, after = text.split(begin)[0], text.split(end)[1]
     page.write_text(before + begin + "\n\n" + "\n".join(measured) + "\n" + end + after, encoding="utf-8")
-    many = [line for line in found if sum(other.steps == line.steps for other in found) >= 5]
-    page.with_name(page.stem + "_front.svg").write_text(picture(many), encoding="utf-8")
+    most = max(lengths, key=lambda steps: sum(line.steps == steps for line in found))
+    drawn = [line for line in found if line.steps == most]
+    page.with_name(page.stem + "_front.svg").write_text(picture(drawn), encoding="utf-8")
 
 
 if __name__ == "__main__":
