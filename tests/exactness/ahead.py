@@ -121,13 +121,19 @@ def differing(one: Seen, other: Seen) -> list[str]:
     return [name for (name, a), (_, b) in pairs if np.asarray(a).tobytes() != np.asarray(b).tobytes()]
 
 
-def process(backend: Backend, launch: Launch, ways: list[str], dtype: str) -> dict[str, Any]:
-    """By way: what differs on any rank, whether calls are the same on all, and rank 0's calls with prefetch."""
+def process(backend: Backend, launch: Launch, ways: list[str], dtype: str, fault: bool = False) -> dict[str, Any]:
+    """By way: what differs on any rank, whether calls are the same on all, and rank 0's calls with prefetch.
+
+    fault: with prefetch nobody waits for the exchange of a gradient, which is lost.
+    """
     comm = backend.comm.connect(launch)
     world = comm.group("world", [list(range(comm.size))])
     found: dict[str, Any] = {}
     for way in ways:
-        plain, ahead = (train(backend, comm, config_of(WAYS[way], n, dtype)) for n in (0, 1))
+        plain = train(backend, comm, config_of(WAYS[way], 0, dtype))
+        if fault:
+            _lose_gradients()
+        ahead = train(backend, comm, config_of(WAYS[way], 1, dtype))
         differs = differing(plain, ahead)
         worst = comm.gather_to_host(np.array([len(differs), ahead.changed]), world)
         order = np.frombuffer(hashlib.sha256(repr(ahead.calls).encode()).digest(), np.uint8)
@@ -142,6 +148,13 @@ def process(backend: Backend, launch: Launch, ways: list[str], dtype: str) -> di
         }
     comm.close()
     return found
+
+
+def _lose_gradients() -> None:
+    from twinmoe.backends.torch_shared import flight
+
+    start: Any = flight._Start
+    start.backward = staticmethod(lambda ctx, *grads: (None, None))
 
 
 def process_over_budget(backend: Backend, launch: Launch) -> dict[str, Any]:

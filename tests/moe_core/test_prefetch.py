@@ -71,6 +71,13 @@ after the next layer's own has set out; the last is waited for at the end."""
 
 
 @pytest.mark.processes
+def test_a_reshard_that_nobody_waits_for_is_caught() -> None:
+    found = run_processes(2, f"{TARGET}:process", {"ways": ["laer"], "dtype": "float64", "fault": True}, "cpu")["laer"]
+    assert any(name.startswith("gradient 0 layers.2.moe.w_") for name in found["differs"])
+    assert in_flight(found["ahead"])[-1] > 0 == in_flight(found["plain"])[-1]
+
+
+@pytest.mark.processes
 def test_a_plan_over_its_budget_leaves_nothing_pending_and_the_communicator_goes_on() -> None:
     found = run_processes(2, f"{TARGET}:process_over_budget", {}, "cpu")
     assert found["raised"]
