@@ -33,7 +33,14 @@ def test_training_is_bit_for_bit_that_without(way: str, ranks: int) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("ranks", "ways"), [(2, list(WAYS)), (4, ["laer"])])
+@pytest.mark.parametrize(
+    ("ranks", "ways"),
+    [
+        (2, ["laer", "in rounds"]),
+        pytest.param(2, ["fsdp_ep", "overlap"], marks=pytest.mark.slow),
+        pytest.param(4, ["laer", "fsdp_ep"], marks=pytest.mark.slow),
+    ],
+)
 def test_real_ranks_issue_the_same_calls_in_the_same_order_and_compute_the_same_bits(
     ranks: int, ways: list[str]
 ) -> None:
@@ -70,6 +77,7 @@ AHEAD = "puxuUx" + "pxuUx" + "pxUx" + "xrx" + "xrRx" + "xrRxR"
 after the next layer's own has set out; the last is waited for at the end."""
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_reshard_that_nobody_waits_for_is_caught() -> None:
     found = run_processes(2, f"{TARGET}:process", {"ways": ["laer"], "dtype": "float64", "fault": True}, "cpu")["laer"]
